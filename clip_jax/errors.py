@@ -1,0 +1,17 @@
+"""Errors of this package. Each says what was expected, what was found, and what to do."""
+
+
+class ClipJaxError(ValueError):
+    """Base class of every error that this package raises for bad input."""
+
+
+class PromptTooLongError(ClipJaxError):
+    """A prompt has more tokens than the text encoder has positions."""
+
+
+class ConfigError(ClipJaxError):
+    """A model configuration holds a value that this package cannot honour."""
+
+
+class CheckpointError(ClipJaxError):
+    """A checkpoint, or the tokenizer beside it, is not what it should be."""

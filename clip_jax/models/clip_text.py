@@ -1,0 +1,215 @@
+"""The CLIP text transformer in Flax Linen.
+
+Reference: transformers `modeling_clip.py` (`CLIPTextModel`, `CLIPTextModelWithProjection`). The parameter
+tree is exactly that of the removed `FlaxCLIPTextModel` (text_model/encoder/layers/"0"/mlp/fc1/kernel): a
+documented contract, on which checkpoints, LoRA interceptors and sharding rules of JAX pipelines
+rely. It is why there is one small module per level of that tree.
+
+Differences from the reference: softmax, LayerNorm and activation are computed in float32 whatever the dtype.
+The pooled row is that of the first end-of-text token; transformers takes the highest id of the row where the
+config says `eos_token_id: 2`, which is another row once textual inversion has added ids.
+
+Letters: B batch, L tokens, D width, N heads, H head size, F mlp width, V vocabulary, P pooled width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import jax.typing
+
+from clip_jax.config import ClipTextConfig
+from clip_jax.models import functional
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ClipTextOutput:
+    """Every output of the text transformer; under `jax.jit`, those not used cost nothing.
+
+    Attributes:
+        hidden_states: One more than there are layers, each [B, L, D]: the embeddings, then the output of
+            every block; all before the final LayerNorm.
+        last_hidden_state: [B, L, D], `hidden_states[-1]` after the final LayerNorm.
+        pooler_output: [B, D], the row of `last_hidden_state` at the first end-of-text token.
+        text_embeds: [B, P], `pooler_output` projected, not normalised; None without `text_projection`.
+    """
+
+    hidden_states: tuple[jax.Array, ...]
+    last_hidden_state: jax.Array
+    pooler_output: jax.Array
+    text_embeds: jax.Array | None
+
+
+class _Module(nn.Module):
+    """What every module is made with: the architecture, the dtypes of the computation and of the params."""
+
+    config: ClipTextConfig
+    dtype: jax.typing.DTypeLike = jnp.float32
+    param_dtype: jax.typing.DTypeLike = jnp.float32
+
+    def dense(self, features: int, name: str, use_bias: bool = True) -> nn.Dense:
+        init = nn.initializers.normal(0.02)
+        return nn.Dense(
+            features, use_bias, dtype=self.dtype, param_dtype=self.param_dtype, kernel_init=init, name=name
+        )
+
+    def layer_norm(self, name: str) -> nn.LayerNorm:
+        # The fast variance E[x^2] - E[x]^2 cancels in float32 where |mean| >> std, as in CLIP's streams.
+        return nn.LayerNorm(
+            self.config.layer_norm_eps,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            use_fast_variance=False,
+            name=name,
+        )
+
+    def embed(self, rows: int, name: str) -> nn.Embed:
+        init = nn.initializers.normal(0.02)
+        return nn.Embed(
+            rows,
+            self.config.hidden_size,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            embedding_init=init,
+            name=name,
+        )
+
+    def child(self, module: type[_Module], name: str) -> _Module:
+        return module(self.config, self.dtype, self.param_dtype, name=name)
+
+
+class ClipTextEmbeddings(_Module):
+    """Token plus position embeddings: [B, L] -> [B, L, D]."""
+
+    @nn.compact
+    def __call__(self, input_ids: jax.Array, position_ids: jax.Array) -> jax.Array:
+        tokens = self.embed(self.config.vocab_size, "token_embedding")(input_ids)
+        positions = self.embed(self.config.max_position_embeddings, "position_embedding")(position_ids)
+        return tokens + positions
+
+
+class ClipAttention(_Module):
+    """Multi-head self-attention: [B, L, D] -> [B, L, D]."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
+        heads = (*x.shape[:-1], self.config.num_attention_heads, -1)
+        q, k, v = (
+            self.dense(self.config.hidden_size, name)(x).reshape(heads)
+            for name in ("q_proj", "k_proj", "v_proj")
+        )
+        return self.dense(self.config.hidden_size, "out_proj")(
+            functional.attention(q, k, v, mask).reshape(x.shape)
+        )
+
+
+class ClipMlp(_Module):
+    """Feed-forward layer: [B, L, D] -> [B, L, F] -> [B, L, D]."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = self.dense(self.config.intermediate_size, "fc1")(x)
+        x = functional.activation(x, self.config.hidden_act)
+        return self.dense(self.config.hidden_size, "fc2")(x)
+
+
+class ClipEncoderLayer(_Module):
+    """One pre-norm transformer block."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
+        x = x + self.child(ClipAttention, "self_attn")(self.layer_norm("layer_norm1")(x), mask)
+        return x + self.child(ClipMlp, "mlp")(self.layer_norm("layer_norm2")(x))
+
+
+class ClipLayers(_Module):
+    """The blocks, named "0", "1", ...; returns the input and the output of each."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, mask: jax.Array) -> tuple[jax.Array, ...]:
+        hidden_states = [x]
+        for i in range(self.config.num_hidden_layers):
+            hidden_states.append(self.child(ClipEncoderLayer, str(i))(hidden_states[-1], mask))
+        return tuple(hidden_states)
+
+
+class ClipEncoder(_Module):
+    """Holds the blocks under the name `layers`."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, mask: jax.Array) -> tuple[jax.Array, ...]:
+        return self.child(ClipLayers, "layers")(x, mask)
+
+
+class ClipTextTransformer(_Module):
+    """Embeddings, blocks and final LayerNorm, without projection."""
+
+    def setup(self) -> None:
+        self.embeddings = ClipTextEmbeddings(self.config, self.dtype, self.param_dtype)
+        self.encoder = ClipEncoder(self.config, self.dtype, self.param_dtype)
+        self.final_layer_norm = self.layer_norm(None)
+
+    def __call__(
+        self, input_ids: jax.Array, attention_mask: jax.Array | None, position_ids: jax.Array | None
+    ) -> tuple[jax.Array, ...]:
+        length = input_ids.shape[-1]
+        if position_ids is None:
+            position_ids = jnp.arange(length)[None]
+        mask = functional.causal_mask(length, attention_mask)
+        return self.encoder(self.embeddings(input_ids, position_ids), mask)
+
+
+class ClipTextModel(_Module):
+    """CLIP text model, with `text_projection` where `config.projection_dim` is set.
+
+    Example:
+        >>> model = ClipTextModel(ClipTextConfig.sd15())
+        >>> out = model.apply({"params": params}, input_ids)  # [B, 77]
+        >>> out.last_hidden_state.shape
+        (1, 77, 768)
+
+    Attributes:
+        config: The architecture.
+        dtype: Of the computation and the outputs.
+        param_dtype: Of the parameters that `init` makes; `apply` takes them in any dtype.
+    """
+
+    def setup(self) -> None:
+        self.text_model = ClipTextTransformer(self.config, self.dtype, self.param_dtype)
+        if self.config.projection_dim is not None:
+            self.text_projection = self.dense(self.config.projection_dim, None, use_bias=False)
+
+    def __call__(
+        self,
+        input_ids: jax.Array,
+        attention_mask: jax.Array | None = None,
+        position_ids: jax.Array | None = None,
+    ) -> ClipTextOutput:
+        """Runs the text transformer.
+
+        Args:
+            input_ids: [B, L] int, L at most `config.max_position_embeddings`.
+            attention_mask: [B, L], nonzero for tokens to attend to, on top of the causal mask; None means
+                all, as diffusers calls these models.
+            position_ids: [B, L] or [1, L] int; 0 .. L-1 by default.
+
+        Raises:
+            ValueError: More tokens than positions.
+        """
+        length, positions = input_ids.shape[-1], self.config.max_position_embeddings
+        if length > positions:  # an out-of-range gather would silently repeat the last position
+            raise ValueError(f"input_ids has {length} tokens per row, the model has {positions} positions.")
+        hidden_states = self.text_model(input_ids, attention_mask, position_ids)
+        last_hidden_state = self.final_norm(hidden_states[-1])
+        end = functional.first_position(input_ids, self.config.eos_token_id)
+        pooled = jnp.take_along_axis(last_hidden_state, end[:, None, None], axis=1)[:, 0]
+        projected = self.text_projection(pooled) if self.config.projection_dim is not None else None
+        return ClipTextOutput(hidden_states, last_hidden_state, pooled, projected)
+
+    def final_norm(self, x: jax.Array) -> jax.Array:
+        """The final LayerNorm, for pipelines that apply it to another layer than the last ("clip skip")."""
+        return self.text_model.final_layer_norm(x)

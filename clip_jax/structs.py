@@ -1,0 +1,63 @@
+"""What goes into and comes out of `text_embeddings`: pytrees of arrays.
+
+Letters: B batch, L tokens, D width, P pooled width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.typing
+import numpy as np
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tokens:
+    """Token ids of a batch of prompts, for every tower of a family, on the host.
+
+    Attributes:
+        cond: Tower name -> int32 [B, L], the prompts.
+        uncond: Tower name -> int32 [B, L], the negative prompts; None without guidance.
+    """
+
+    cond: dict[str, np.ndarray | jax.Array]
+    uncond: dict[str, np.ndarray | jax.Array] | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextEmbeddings:
+    """What the UNet or DiT is conditioned on.
+
+    With guidance the first half of the rows belongs to the negative prompts, the second half to the
+    prompts, in the order in which diffusers' pipelines concatenate them.
+
+    Attributes:
+        prompt_embeds: [2B, L, D] with guidance, [B, L, D] without.
+        pooled_prompt_embeds: [2B, P] or [B, P]; None where the family has none.
+        guidance: Whether the unconditional rows are there.
+    """
+
+    prompt_embeds: jax.Array
+    pooled_prompt_embeds: jax.Array | None = None
+    guidance: bool = dataclasses.field(default=True, metadata={"static": True})
+
+    @property
+    def uncond(self) -> TextEmbeddings | None:
+        """The unconditional half, [B, L, D]; None without guidance."""
+        return self._half(slice(None, self.prompt_embeds.shape[0] // 2)) if self.guidance else None
+
+    @property
+    def cond(self) -> TextEmbeddings:
+        """The conditional half, [B, L, D]."""
+        return self._half(slice(self.prompt_embeds.shape[0] // 2, None)) if self.guidance else self
+
+    def _half(self, rows: slice) -> TextEmbeddings:
+        pooled = self.pooled_prompt_embeds
+        return TextEmbeddings(
+            prompt_embeds=self.prompt_embeds[rows],
+            pooled_prompt_embeds=None if pooled is None else pooled[rows],
+            guidance=False,
+        )

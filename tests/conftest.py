@@ -1,0 +1,29 @@
+"""What every test gets: full float32 products, and one small pipeline on disk."""
+
+from pathlib import Path
+
+import jax
+import pytest
+
+import clip_jax
+from tests.checkpoints import TINY_H, write_pipeline
+
+jax.config.update("jax_default_matmul_precision", "float32")
+
+
+@pytest.fixture(scope="session")
+def tiny_sd15(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A diffusers folder with a small quick_gelu text encoder. Read only."""
+    return write_pipeline(tmp_path_factory.mktemp("tiny") / "sd15")
+
+
+@pytest.fixture(scope="session")
+def tiny_sd21(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A diffusers folder with a small gelu text encoder that pads with "!". Read only."""
+    return write_pipeline(tmp_path_factory.mktemp("tiny") / "sd21", TINY_H, pad_token="!")
+
+
+@pytest.fixture(scope="session")
+def encoder(tiny_sd15: Path) -> clip_jax.TextEncoder:
+    """The small text encoder, loaded."""
+    return clip_jax.load(tiny_sd15, family="sd15")

@@ -1,0 +1,196 @@
+"""text_embeddings: pure, jitted, one program, usable inside a caller's transformations."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import clip_jax
+from clip_jax import ClipJaxError, ClipTextModel, Tokens, text_embeddings
+from clip_jax.structs import TextEmbeddings
+
+TOWER = "clip_l"
+
+
+@pytest.fixture(scope="module")
+def tokens(encoder):
+    return encoder.tokenize(["a cat", "two dogs in the rain"], "blurry")
+
+
+def embed(encoder, tokens, **kwargs):
+    return text_embeddings(encoder.params, tokens, family=encoder.family, **kwargs)
+
+
+def alone(encoder, ids):
+    """The model applied to one batch of ids, without any of what `text_embeddings` adds."""
+    (tower,) = encoder.family.towers
+    return ClipTextModel(tower.config).apply({"params": encoder.params[TOWER]}, jnp.asarray(ids))
+
+
+def test_unconditional_rows_come_first(encoder, tokens):
+    out = embed(encoder, tokens)
+    assert out.prompt_embeds.shape == (4, 77, 32)
+    uncond, cond = alone(encoder, tokens.uncond[TOWER]), alone(encoder, tokens.cond[TOWER])
+    np.testing.assert_allclose(out.prompt_embeds[:2], uncond.last_hidden_state, atol=1e-5)
+    np.testing.assert_allclose(out.prompt_embeds[2:], cond.last_hidden_state, atol=1e-5)
+    assert not np.allclose(out.prompt_embeds[:2], out.prompt_embeds[2:], atol=1e-2)
+    np.testing.assert_array_equal(out.uncond.prompt_embeds, out.prompt_embeds[:2])
+    np.testing.assert_array_equal(out.cond.prompt_embeds, out.prompt_embeds[2:])
+    assert out.pooled_prompt_embeds is None
+
+
+def test_without_guidance_there_is_the_prompt_alone(encoder, tokens):
+    out = embed(encoder, Tokens(cond=tokens.cond))
+    assert out.prompt_embeds.shape == (2, 77, 32)
+    assert out.uncond is None
+    assert out.cond is out
+    np.testing.assert_allclose(out.prompt_embeds, embed(encoder, tokens).cond.prompt_embeds, atol=1e-5)
+
+
+def test_dtype_is_cast_at_the_end(encoder, tokens):
+    exact = embed(encoder, tokens).prompt_embeds
+    half = embed(encoder, tokens, dtype=jnp.float16).prompt_embeds
+    assert (exact.dtype, half.dtype) == (jnp.float32, jnp.float16)
+    np.testing.assert_array_equal(half, exact.astype(jnp.float16))
+
+
+def test_compute_dtype_is_that_of_the_params_by_default(encoder, tokens):
+    low = jax.tree.map(lambda x: x.astype(jnp.bfloat16), encoder.params)
+    out = text_embeddings(low, tokens, family=encoder.family)
+    same = text_embeddings(low, tokens, family=encoder.family, compute_dtype=jnp.bfloat16)
+    exact = text_embeddings(low, tokens, family=encoder.family, compute_dtype=jnp.float32)
+    assert out.prompt_embeds.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(out.prompt_embeds, same.prompt_embeds)
+    assert exact.prompt_embeds.dtype == jnp.float32
+
+
+def test_a_call_is_one_program(encoder, tokens):
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, *_, **__: compiled.append(event) if event.endswith("backend_compile_duration") else None
+    )
+    try:
+        with jax.log_compiles(False):
+            embed(encoder, tokens, clip_skip=2, clip_skip_negative=1)  # a combination of its own
+    finally:
+        jax.monitoring.clear_event_listeners()
+    assert len(compiled) == 1
+    text = text_embeddings.lower(encoder.params, tokens, family=encoder.family).compile().as_text()
+    assert text.count("HloModule") == 1
+    assert text.count("ENTRY") == 1
+
+
+def test_both_prompts_go_through_the_same_products(encoder, tokens):
+    """Guidance doubles the rows of each matrix product, not the number of products."""
+
+    def dots(tokens):
+        return (
+            text_embeddings.lower(encoder.params, tokens, family=encoder.family)
+            .as_text()
+            .count("dot_general")
+        )
+
+    assert dots(tokens) == dots(Tokens(cond=tokens.cond))
+
+
+def test_a_second_call_does_not_retrace(encoder, tokens):
+    embed(encoder, tokens)
+    before = text_embeddings._cache_size()
+    again = encoder.tokenize(["other", "words"], ["entirely", "different"])
+    embed(encoder, again)
+    assert text_embeddings._cache_size() == before
+    embed(encoder, encoder.tokenize("one prompt"))  # the control: other shapes do
+    assert text_embeddings._cache_size() == before + 1
+
+
+def test_usable_inside_a_callers_jit(encoder, tokens):
+    inside = jax.jit(lambda params, tokens: embed_mean(params, tokens, encoder.family))(
+        encoder.params, tokens
+    )
+    np.testing.assert_allclose(inside, embed_mean(encoder.params, tokens, encoder.family), rtol=1e-5)
+
+
+def embed_mean(params, tokens, family):
+    return (text_embeddings(params, tokens, family=family).prompt_embeds ** 2).mean()
+
+
+def test_gradient_reaches_every_parameter_and_is_right(encoder, tokens):
+    gradient = jax.grad(embed_mean)(encoder.params, tokens, encoder.family)
+    norms = jax.tree.map(lambda g: float(jnp.abs(g).max()), gradient)
+    # A key bias shifts all scores of a query alike, which softmax does not see.
+    flat = jax.tree_util.tree_flatten_with_path(norms)[0]
+    silent = {jax.tree_util.keystr(path) for path, norm in flat if norm < 1e-7}
+    assert silent == {
+        jax.tree_util.keystr(path) for path, _ in flat if "k_proj" in str(path) and "bias" in str(path)
+    }
+    direction = jax.tree.map(lambda g: g / 10, gradient)
+    eps = 1e-2
+    up = jax.tree.map(lambda p, d: p + eps * d, encoder.params, direction)
+    down = jax.tree.map(lambda p, d: p - eps * d, encoder.params, direction)
+    slope = (embed_mean(up, tokens, encoder.family) - embed_mean(down, tokens, encoder.family)) / (2 * eps)
+    expected = sum(jnp.vdot(g, d) for g, d in zip(*map(jax.tree.leaves, (gradient, direction)), strict=True))
+    np.testing.assert_allclose(slope, expected, rtol=0.05)
+
+
+def test_usable_under_a_callers_vmap(encoder, tokens):
+    stacked = jax.tree.map(lambda ids: jnp.stack([ids, ids[::-1]]), tokens)
+    out = jax.vmap(lambda t: embed(encoder, t).prompt_embeds)(stacked)
+    np.testing.assert_allclose(out[0], embed(encoder, tokens).prompt_embeds, atol=1e-5)
+    np.testing.assert_allclose(out[1, :2], out[0, 1::-1], atol=1e-5)
+
+
+@pytest.mark.parametrize("skip", [0, 1, 2])
+def test_clip_skip_norms_an_earlier_layer_of_the_prompts_only(encoder, tokens, skip):
+    out = embed(encoder, tokens, clip_skip=skip)
+    (tower,) = encoder.family.towers
+    model = ClipTextModel(tower.config).bind({"params": encoder.params[TOWER]})
+    hidden = model(jnp.asarray(tokens.cond[TOWER])).hidden_states[-1 - skip]
+    np.testing.assert_allclose(out.cond.prompt_embeds, model.final_norm(hidden), atol=1e-5)
+    np.testing.assert_allclose(
+        out.uncond.prompt_embeds, embed(encoder, tokens).uncond.prompt_embeds, atol=1e-5
+    )
+
+
+def test_clip_skip_negative_is_the_same_for_the_negatives(encoder, tokens):
+    swapped = Tokens(cond=tokens.uncond, uncond=tokens.cond)
+    out = embed(encoder, tokens, clip_skip_negative=2)
+    mirrored = embed(encoder, swapped, clip_skip=2)
+    np.testing.assert_allclose(out.uncond.prompt_embeds, mirrored.cond.prompt_embeds, atol=1e-5)
+    np.testing.assert_allclose(out.cond.prompt_embeds, mirrored.uncond.prompt_embeds, atol=1e-5)
+
+
+@pytest.mark.parametrize("skip", [-1, 4, 1.0, True])
+def test_clip_skip_out_of_range_is_refused(encoder, tokens, skip):
+    with pytest.raises(ClipJaxError, match="clip_skip must be an int from 0 to 3 for clip_l, found"):
+        embed(encoder, tokens, clip_skip=skip)
+
+
+def test_unused_layers_cost_nothing(encoder, tokens):
+    def flops(**kwargs):
+        lowered = text_embeddings.lower(encoder.params, tokens, family=encoder.family, **kwargs)
+        return lowered.compile().cost_analysis()["flops"]
+
+    assert flops(clip_skip=1, clip_skip_negative=1) < 0.75 * flops()
+    assert flops(clip_skip=1) == pytest.approx(flops(), rel=0.01)
+
+
+def test_params_of_another_family_are_refused(encoder, tokens):
+    sd21 = clip_jax.FAMILIES["sd21"]
+    with pytest.raises(ClipJaxError, match="'sd21' has the towers clip_h; params has clip_l"):
+        text_embeddings(encoder.params, tokens, family=sd21)
+    with pytest.raises(ClipJaxError, match="tokens.uncond has none"):
+        embed(encoder, Tokens(cond=tokens.cond, uncond={}))
+
+
+def test_ids_of_different_shapes_are_refused(encoder, tokens):
+    short = Tokens(cond=tokens.cond, uncond={TOWER: tokens.uncond[TOWER][:1]})
+    with pytest.raises(ClipJaxError, match=r"one shape .* found \(1, 77\) and \(2, 77\)"):
+        embed(encoder, short)
+
+
+def test_embeddings_are_a_pytree():
+    whole = TextEmbeddings(prompt_embeds=jnp.arange(8.0).reshape(4, 2), pooled_prompt_embeds=jnp.arange(4.0))
+    doubled = jax.tree.map(lambda x: 2 * x, whole)
+    np.testing.assert_array_equal(doubled.uncond.pooled_prompt_embeds, [0, 2])
+    np.testing.assert_array_equal(doubled.cond.prompt_embeds, [[8, 10], [12, 14]])
+    assert jax.jit(lambda e: e.cond)(whole).guidance is False
