@@ -1,0 +1,71 @@
+"""`convert`: a foreign checkpoint in, one of this package out, a block of the model in memory at a time."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import jax.typing
+
+from clip_jax.convert.foreign import open_foreign
+from clip_jax.convert.resolve import resolve
+from clip_jax.errors import CheckpointError
+from clip_jax.params.cast import float_dtype
+from clip_jax.params.checkpoint import CheckpointMetadata, is_checkpoint, write_checkpoint
+from clip_jax.params.staging import check_free
+from clip_jax.progress import byte_bar
+
+
+def convert(
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    family: str | None = None,
+    dtype: jax.typing.DTypeLike | None = None,
+    overwrite: bool = False,
+    revision: str | None = None,
+    local_files_only: bool = False,
+    progress: bool | None = None,
+) -> Path:
+    """Converts a checkpoint to an Orbax folder that `clip_jax.load` reads, with its tokenizers.
+
+    Args:
+        source: A diffusers folder, a text encoder's folder, or a Hub repo id.
+        out: The folder to make. It appears whole or not at all.
+        family: The family, where it cannot be told from the source.
+        dtype: Of the stored params; None keeps those of the source.
+        overwrite: Whether a checkpoint already at `out` may be replaced.
+        revision: Branch, tag or commit of a Hub repo.
+        local_files_only: Takes a Hub repo from the local cache, without asking the network.
+        progress: Whether to show progress bars; None means on a terminal.
+
+    Returns:
+        `out`, absolute.
+
+    Raises:
+        CheckpointError: The source cannot be read whole, or `out` exists. What is on disk stays as it is.
+    """
+    out = Path(os.path.abspath(out))
+    check_free(out, overwrite)  # before the work, not after it
+    found = resolve(source, revision=revision, local_files_only=local_files_only, progress=progress)
+    if is_checkpoint(found.path):
+        raise CheckpointError(f"{found.path} is an Orbax folder; expected a checkpoint in a foreign layout.")
+    checkpoint = open_foreign(found.path, family=family)
+    provenance = {**checkpoint.provenance(), "source": found.name}
+    files = [file for tower in checkpoint.towers.values() for file in tower.source.files]
+    with byte_bar(sum(file.stat().st_size for file in files), "Hashing", progress) as bar:
+        for name, tower in checkpoint.towers.items():
+            provenance["towers"][name]["sha256"] = tower.source.sha256(bar.update)
+    with byte_bar(checkpoint.nbytes, "Converting", progress) as bar:
+        write_checkpoint(
+            out,
+            checkpoint.parts(None if dtype is None else float_dtype(dtype), bar.update),
+            metadata=CheckpointMetadata(
+                family=checkpoint.family.name,
+                configs={name: tower.config for name, tower in checkpoint.towers.items()},
+                provenance=provenance,
+            ),
+            tokenizers=checkpoint.tokenizers,
+            overwrite=overwrite,
+        )
+    return out

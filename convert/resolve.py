@@ -1,0 +1,53 @@
+"""What the user calls a source -> a path on this machine."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from pathlib import Path
+
+from clip_jax.convert.hub import fetch
+from clip_jax.errors import CheckpointError
+
+_REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+@dataclasses.dataclass(frozen=True)
+class Resolved:
+    """A source on this machine.
+
+    Attributes:
+        path: Where it is.
+        name: What to call it in a checkpoint's provenance: the repo id with its commit, or the plain name.
+    """
+
+    path: Path
+    name: str
+
+
+def resolve(
+    source: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    local_files_only: bool = False,
+    progress: bool | None = None,
+) -> Resolved:
+    """Takes a local path as it is; downloads the text encoders and tokenizers of a Hub repo id.
+
+    Raises:
+        CheckpointError: No such path, and not a repo that can be had.
+    """
+    path = Path(source).expanduser()
+    if path.exists():
+        return Resolved(path, path.resolve().name)
+    if not isinstance(source, str) or not _REPO_ID.fullmatch(source):
+        raise CheckpointError(
+            f"{os.fspath(source)!r} does not exist. Expected a folder, a Hub repo id (owner/name), or "
+            f"random:FAMILY."
+        )
+    try:
+        snapshot = fetch(source, revision=revision, local_files_only=local_files_only, progress=progress)
+    except CheckpointError as error:
+        raise CheckpointError(f"{source!r} is not a local folder; as a Hub repo: {error}") from error
+    return Resolved(snapshot, f"{source}@{snapshot.name}")
