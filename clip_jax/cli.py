@@ -1,0 +1,256 @@
+"""`clip-jax convert | embed | tokenize | info`: the API from a shell, and nothing that it lacks."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from clip_jax._version import __version__
+from clip_jax.errors import ClipJaxError
+
+if TYPE_CHECKING:
+    from clip_jax.structs import TextEmbeddings
+
+_OUT_FORMATS = (".safetensors", ".npz")
+_SOURCE_HELP = "converted folder, diffusers folder, text encoder folder, Hub repo id, or random:FAMILY"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit code: 0, or 2 with one line on stderr for a user error."""
+    arguments = _parser().parse_args(argv)
+    with warnings.catch_warnings():
+        warnings.simplefilter("default", UserWarning)
+        warnings.showwarning = lambda message, *_: _say("warning", message)  # type: ignore[assignment]
+        try:
+            arguments.run(arguments)
+        except (ClipJaxError, OSError) as error:
+            _say("error", error)
+            return 2
+        except KeyboardInterrupt:
+            return 130
+    return 0
+
+
+def _say(kind: str, message: object) -> None:
+    print(f"clip-jax: {kind}: {' '.join(str(message).split())}", file=sys.stderr)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"clip-jax: error: {message} (see {self.prog} --help)\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="clip-jax", description="Text encoders for JAX diffusion pipelines.")
+    parser.add_argument("--version", action="version", version=f"clip-jax-text {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    convert = _command(commands, "convert", _convert, "convert a checkpoint to an Orbax folder")
+    convert.add_argument("source", metavar="SRC", help=_SOURCE_HELP.replace("converted folder, ", ""))
+    convert.add_argument("out", metavar="OUT", type=Path, help="folder to make")
+    convert.add_argument("--dtype", help="of the stored params; by default that of the source")
+    convert.add_argument("--overwrite", action="store_true", help="replace a checkpoint that is at OUT")
+    _add_source_options(convert)
+
+    embed = _command(commands, "embed", _embed, "encode prompts")
+    _add_prompt(embed)
+    embed.add_argument("--negative", metavar="TEXT", help='negative prompt for all prompts (default "")')
+    embed.add_argument("--model", metavar="SRC", required=True, help=_SOURCE_HELP)
+    embed.add_argument("--dtype", default="float32", help="of the computation: float32, bfloat16 or float16")
+    embed.add_argument("--no-guidance", action="store_true", help="leave out the unconditional rows")
+    embed.add_argument("--clip-skip", type=int, metavar="N", help="layers to leave out at the end")
+    embed.add_argument(
+        "--overflow", choices=("error", "truncate"), default="error", help="for prompts too long"
+    )
+    embed.add_argument(
+        "--out", metavar="FILE", type=Path, help="write the embeddings to .safetensors or .npz"
+    )
+    embed.add_argument("--overwrite", action="store_true", help="replace FILE if it is there")
+    _add_source_options(embed)
+
+    tokenize = _command(commands, "tokenize", _tokenize, "show the tokens of prompts, and what would be cut")
+    _add_prompt(tokenize)
+    tokenize.add_argument(
+        "--model", metavar="SRC", default="random:sd15", help=f"{_SOURCE_HELP} (%(default)s)"
+    )
+    _add_source_options(tokenize)
+
+    info = _command(commands, "info", _info, "show what a model holds, without reading its weights")
+    info.add_argument("model", metavar="MODEL", help=_SOURCE_HELP)
+    _add_source_options(info)
+    return parser
+
+
+def _command(
+    commands: Any, name: str, run: Callable[[argparse.Namespace], None], text: str
+) -> argparse.ArgumentParser:
+    command: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
+    command.set_defaults(run=run)
+    return command
+
+
+def _add_prompt(command: argparse.ArgumentParser) -> None:
+    group = command.add_mutually_exclusive_group(required=True)
+    group.add_argument(
+        "prompt", metavar="PROMPT", nargs="?", help="the prompt; - reads one per line from stdin"
+    )
+    group.add_argument("--file", metavar="FILE", type=Path, help="read prompts from a file, one per line")
+
+
+def _add_source_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--family", help="where it cannot be told from the source: sd15, sd21, ...")
+    command.add_argument("--revision", help="branch, tag or commit of a Hub repo")
+    command.add_argument(
+        "--local-files-only", action="store_true", help="take a Hub repo from the local cache"
+    )
+
+
+def _source_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {name: getattr(arguments, name) for name in ("family", "revision", "local_files_only")}
+
+
+def _prompts(arguments: argparse.Namespace) -> list[str]:
+    if arguments.prompt not in (None, "-"):
+        return [arguments.prompt]
+    try:
+        text = sys.stdin.read() if arguments.file is None else arguments.file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ClipJaxError(f"The prompts are not UTF-8 text: {error}.") from error
+    if not text:
+        raise ClipJaxError("Expected prompts, one per line; found nothing.")
+    return text.splitlines()
+
+
+def _convert(arguments: argparse.Namespace) -> None:
+    from clip_jax.convert import convert
+
+    out = convert(
+        arguments.source,
+        arguments.out,
+        dtype=arguments.dtype,
+        overwrite=arguments.overwrite,
+        **_source_options(arguments),
+    )
+    _print_info(str(out))
+
+
+def _embed(arguments: argparse.Namespace) -> None:
+    if arguments.out is not None:
+        _check_out(arguments.out, arguments.overwrite)
+    prompts = _prompts(arguments)
+    from clip_jax.loading import load
+
+    encoder = load(arguments.model, dtype=arguments.dtype, **_source_options(arguments))
+    start = time.perf_counter()
+    tokens = encoder.tokenize(
+        prompts, arguments.negative, guidance=not arguments.no_guidance, overflow=arguments.overflow
+    )
+    seconds = [time.perf_counter() - start]
+    for _ in range(2):  # the first call compiles and runs, the second only runs
+        start = time.perf_counter()
+        out = encoder.encode(tokens, clip_skip=arguments.clip_skip)
+        out.prompt_embeds.block_until_ready()
+        seconds.append(time.perf_counter() - start)
+    tokenise, first, run = seconds
+
+    negatives = [arguments.negative or ""] * len(prompts) if out.guidance else []
+    _print_rows(out, [("uncond", text) for text in negatives] + [("cond", text) for text in prompts])
+    print(f"tokenise {tokenise * 1e3:.1f} ms, compile {max(first - run, 0):.2f} s, run {run * 1e3:.1f} ms")
+    if arguments.out is not None:
+        _write(arguments.out, out)
+
+
+def _print_rows(out: TextEmbeddings, labels: list[tuple[str, str]]) -> None:
+    import numpy as np
+
+    for name, array in _arrays(out).items():
+        print(f"{name} {array.shape} {array.dtype}")
+        for row, (kind, text) in zip(array, labels, strict=True):
+            print(f"  {kind:6}  norm {np.linalg.norm(row.astype(np.float32)):10.4f}  {text!r}")
+
+
+def _arrays(out: TextEmbeddings) -> dict[str, Any]:
+    import numpy as np
+
+    fields = {"prompt_embeds": out.prompt_embeds, "pooled_prompt_embeds": out.pooled_prompt_embeds}
+    return {name: np.asarray(array) for name, array in fields.items() if array is not None}
+
+
+def _check_out(path: Path, overwrite: bool) -> None:
+    if path.suffix not in _OUT_FORMATS:
+        raise ClipJaxError(f"--out must end in {' or '.join(_OUT_FORMATS)}, found {path.name!r}.")
+    if path.exists() and not overwrite:
+        raise ClipJaxError(f"{path} exists already. Choose another name, or pass --overwrite.")
+    if not path.absolute().parent.is_dir():
+        raise ClipJaxError(f"{path.parent} is not a folder; expected one to write {path.name} into.")
+
+
+def _write(path: Path, out: TextEmbeddings) -> None:
+    """Writes the embeddings beside `path` first: what is there already is only replaced by a whole file."""
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    arrays = _arrays(out)
+    with tempfile.TemporaryDirectory(prefix=".clip-jax-", dir=path.absolute().parent) as folder:
+        new = Path(folder) / path.name
+        if path.suffix == ".npz":
+            # numpy's format has no bfloat16; float32 holds its values exactly.
+            np.savez(
+                new, **{k: v.astype(np.float32) if v.dtype.kind == "V" else v for k, v in arrays.items()}
+            )
+        else:
+            save_file(arrays, new)
+        os.replace(new, path)
+    print(f"wrote {path}")
+
+
+def _tokenize(arguments: argparse.Namespace) -> None:
+    from clip_jax.loading import load_tokenizers
+
+    tokenizers = load_tokenizers(arguments.model, **_source_options(arguments))
+    for prompt in _prompts(arguments):
+        for name, tokenizer in tokenizers.items():
+            report = tokenizer.inspect(prompt)
+            count = f"{len(report.ids)} of {report.max_length} tokens"
+            print(f"{name}: {count}, padded with {tokenizer.pad_token!r}")
+            for index, (token, piece) in enumerate(zip(report.ids, report.pieces, strict=True)):
+                print(f"  {index:4}  {token:6}  {piece}")
+            if report.overflow_text:
+                print(f"  does not fit: {report.overflow_text!r}")
+
+
+def _info(arguments: argparse.Namespace) -> None:
+    _print_info(arguments.model, **_source_options(arguments))
+
+
+def _print_info(source: str, **options: Any) -> None:
+    from clip_jax.loading import info
+
+    model = info(source, **options)
+    print(f"{model.family.name}: {model.family.title}")
+    for name, tower in model.towers.items():
+        config = tower.config
+        print(
+            f"  {name}: {config.num_hidden_layers} layers, width {config.hidden_size}, {config.hidden_act}, "
+            f"{config.max_position_embeddings} positions"
+        )
+        print(f"    {tower.parameters:,} parameters, {', '.join(tower.dtypes)}, {tower.nbytes:,} bytes")
+    _print_tree(model.provenance, "  ")
+
+
+def _print_tree(tree: dict[str, Any], indent: str) -> None:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            print(f"{indent}{key}:")
+            _print_tree(value, indent + "  ")
+        elif isinstance(value, list):
+            print(f"{indent}{key}: {', '.join(map(str, value)) or 'none'}")
+        else:
+            print(f"{indent}{key}: {value}")

@@ -1,0 +1,285 @@
+"""Checkpoints of this package: one Orbax folder with one entry per tower, and the tokenizers beside it.
+
+    OUT/_CHECKPOINT_METADATA      custom metadata: family, configs, provenance (JSON)
+    OUT/state/                    the params, {tower: tree}, in Orbax's own layout: `ocp.load(OUT)` reads it
+    OUT/tokenizers/<tower>/       tokenizer.json and tokenizer_config.json
+    OUT/files.json                size of every file below: an incomplete copy is told from a whole one
+
+Orbax through its v1 API. It is imported inside the functions: `import clip_jax` stays fast.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import json
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from clip_jax.config import ClipTextConfig
+from clip_jax.errors import CheckpointError
+from clip_jax.params.cast import check_range
+from clip_jax.params.shapes import (
+    TensorSpec,
+    check_shapes,
+    flatten,
+    list_faults,
+    param_shapes,
+    unflatten,
+)
+from clip_jax.params.staging import staged_folder
+from clip_jax.progress import byte_bar
+
+_FORMAT, _FORMAT_VERSION, _FILES = "clip_jax", 1, "files.json"
+# Parameters are read in groups of about this size: enough to keep the disk busy, little beside the params.
+_READ_BYTES = 256 * 2**20
+
+
+class SavesFiles(Protocol):
+    """A tokenizer: something that writes itself into a folder."""
+
+    def save(self, folder: Path) -> None:
+        """Writes its files into `folder`."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointMetadata:
+    """What a checkpoint says about itself.
+
+    Attributes:
+        family: Name of the family.
+        configs: Tower name -> architecture.
+        provenance: Where the weights come from: source files with sha256, format, dtypes, ignored keys,
+            versions of the libraries that wrote it. JSON.
+    """
+
+    family: str
+    configs: dict[str, ClipTextConfig]
+    provenance: dict[str, Any]
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether `path` is, or was to become, an Orbax folder."""
+    marks = ("_CHECKPOINT_METADATA", "orbax.checkpoint", "manifest.ocdbt", "_METADATA", "state")
+    return path.is_dir() and (path.name.endswith(".partial_save") or any((path / m).exists() for m in marks))
+
+
+def write_checkpoint(
+    out: Path,
+    parts: Iterable[Mapping[str, Mapping[str, np.ndarray | jax.Array]]],
+    *,
+    metadata: CheckpointMetadata,
+    tokenizers: Mapping[str, SavesFiles],
+    overwrite: bool = False,
+) -> None:
+    """Writes a checkpoint part by part: no more than one part is in memory, and `out` appears whole or not.
+
+    Args:
+        out: The folder to make.
+        parts: Each maps tower name -> path -> array, e.g. the parameters of one layer.
+        metadata: Stored as Orbax's custom metadata.
+        tokenizers: Tower name -> tokenizer.
+        overwrite: Whether an existing checkpoint may be replaced; it is kept until the new one is whole.
+
+    Raises:
+        CheckpointError: `out` exists, or holds something else than a checkpoint.
+    """
+    from orbax.checkpoint import v1 as ocp
+
+    stored = {
+        "format": _FORMAT,
+        "format_version": _FORMAT_VERSION,
+        "family": metadata.family,
+        "towers": {name: {"config": config.to_hf()} for name, config in metadata.configs.items()},
+        "provenance": {**metadata.provenance, "written_by": versions()},
+    }
+    with staged_folder(out, overwrite=overwrite) as folder, _quiet_orbax():
+        custom_metadata: dict[str, Any] | None = stored
+        for part in parts:
+            tree = {tower: unflatten(leaves) for tower, leaves in part.items()}
+            ocp.partial.save(folder, tree, custom_metadata=custom_metadata)
+            custom_metadata = None
+        ocp.partial.finalize(folder)
+        for name, tokenizer in tokenizers.items():
+            tokenizer_folder(folder, name).mkdir(parents=True)
+            tokenizer.save(tokenizer_folder(folder, name))
+        # Without the files at the top: they are small, and Orbax's own.
+        sizes = {str(p.relative_to(folder)): p.stat().st_size for p in folder.rglob("*/*") if p.is_file()}
+        (folder / _FILES).write_text(json.dumps(sizes, indent=1))
+
+
+def read_metadata(path: Path) -> CheckpointMetadata:
+    """Reads what a checkpoint says about itself, without its weights.
+
+    Raises:
+        CheckpointError: An interrupted, foreign or newer checkpoint.
+    """
+    # `commit_success.txt` is Orbax's last step: without it the folder is what an interrupted write left.
+    if path.name.endswith(".partial_save") or not (path / "commit_success.txt").is_file():
+        raise CheckpointError(
+            f"{path} is an Orbax folder that was never finished (no commit_success.txt): the run that wrote "
+            f"it was interrupted. Delete it and convert again."
+        )
+    try:
+        stored = json.loads((path / "_CHECKPOINT_METADATA").read_text())["custom_metadata"] or {}
+        if stored.get("format") != _FORMAT:
+            raise CheckpointError(
+                f"{path} is an Orbax folder that clip_jax did not write. Expected one made by "
+                f"`clip-jax convert` or `TextEncoder.save`."
+            )
+        if stored["format_version"] > _FORMAT_VERSION:
+            raise CheckpointError(
+                f"{path} has format version {stored['format_version']}, this clip_jax reads up to "
+                f"{_FORMAT_VERSION}. Upgrade clip-jax-text."
+            )
+        _check_files(path)
+        configs = {name: ClipTextConfig.from_hf(tower["config"]) for name, tower in stored["towers"].items()}
+        return CheckpointMetadata(family=stored["family"], configs=configs, provenance=stored["provenance"])
+    except (OSError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{path}: its metadata cannot be read ({type(error).__name__}: {error}). Convert again."
+        ) from error
+
+
+def _check_files(path: Path) -> None:
+    """Compares the files with their sizes when written; Orbax's own errors are late, long and incomplete."""
+    faults = []
+    for name, size in json.loads((path / _FILES).read_text()).items():
+        found = (path / name).stat().st_size if (path / name).is_file() else None
+        if found != size:
+            faults.append(f"{name} {'is missing' if found is None else f'has {found} of {size} bytes'}")
+    if faults:
+        raise CheckpointError(
+            f"{path} is not whole. "
+            + " ".join(list_faults("damaged", faults))
+            + " Copy it again, or convert again."
+        )
+
+
+def tokenizer_folder(path: Path, tower: str) -> Path:
+    """Where a checkpoint keeps the tokenizer of a tower."""
+    return path / "tokenizers" / tower
+
+
+def read_specs(path: Path, configs: Mapping[str, ClipTextConfig]) -> dict[str, dict[str, TensorSpec]]:
+    """Tower name -> path -> shape and dtype of the stored parameters, compared with the architecture.
+
+    Raises:
+        CheckpointError: The stored tree is not that of `configs`.
+    """
+    from orbax.checkpoint import v1 as ocp
+
+    try:
+        with _quiet_orbax():
+            stored = ocp.metadata(path).metadata
+    except Exception as error:  # Orbax has no common base class for what a damaged folder raises
+        raise _damaged(path, error) from error
+    if stored is None:  # what Orbax says of params that are not there, or too damaged to be listed
+        raise _damaged(path, "it lists no params")
+    specs = {
+        tower: {p: TensorSpec(tuple(leaf.shape), np.dtype(leaf.dtype)) for p, leaf in flatten(tree).items()}
+        for tower, tree in stored.items()
+    }
+    if sorted(specs) != sorted(configs):
+        raise CheckpointError(
+            f"{path} holds the towers {sorted(specs)}, its metadata says {sorted(configs)}."
+        )
+    for tower, config in configs.items():
+        found = {p: spec.shape for p, spec in specs[tower].items()}
+        check_shapes(param_shapes(config), found, f"Tower {tower} of {path}")
+    return specs
+
+
+def read_params(
+    path: Path,
+    specs: Mapping[str, Mapping[str, TensorSpec]],
+    dtype: np.dtype | None,
+    *,
+    progress: bool | None = None,
+) -> dict[str, Any]:
+    """Loads the params onto the default device, cast to `dtype` (None keeps what is stored).
+
+    Raises:
+        CheckpointError: float16 cannot hold a value, or Orbax cannot read the data.
+    """
+    flat = {(tower, p): spec for tower, tree in specs.items() for p, spec in tree.items()}
+    leaves: dict[tuple[str, str], jax.Array] = {}
+    total = sum(spec.nbytes for spec in flat.values())
+    with byte_bar(total, "Loading", progress) as bar, _quiet_orbax():
+        for group in _groups(flat):
+            leaves |= _read_group(path, flat, group, dtype)
+            bar.update(sum(flat[key].nbytes for key in group))
+    for (tower, p), leaf in leaves.items():
+        if leaf.dtype == jnp.float16 and flat[tower, p].dtype != np.float16:
+            check_range(float(jnp.abs(leaf).max()), f"{tower}/{p}")
+    return {tower: unflatten({p: leaves[tower, p] for p in tree}) for tower, tree in specs.items()}
+
+
+def _groups(flat: Mapping[tuple[str, str], TensorSpec]) -> Iterator[list[tuple[str, str]]]:
+    group: list[tuple[str, str]] = []
+    for key in flat:
+        group.append(key)
+        if sum(flat[k].nbytes for k in group) >= _READ_BYTES:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def _read_group(
+    path: Path,
+    flat: Mapping[tuple[str, str], TensorSpec],
+    group: list[tuple[str, str]],
+    dtype: np.dtype | None,
+) -> dict[tuple[str, str], jax.Array]:
+    from orbax.checkpoint import v1 as ocp
+
+    # Without a sharding in every leaf Orbax takes the one of the machine that wrote the checkpoint.
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    wanted = set(group)
+    abstract: dict[str, dict[str, Any]] = {}
+    for (tower, p), spec in flat.items():
+        abstract.setdefault(tower, {})[p] = (
+            jax.ShapeDtypeStruct(spec.shape, dtype or spec.dtype, sharding=sharding)
+            if (tower, p) in wanted
+            else ocp.PLACEHOLDER
+        )
+    try:
+        loaded = ocp.load(path, {tower: unflatten(tree) for tower, tree in abstract.items()})
+    except Exception as error:  # Orbax has no common base class for what damaged data raises
+        raise _damaged(path, error) from error
+    flat_loaded = {tower: flatten(tree) for tower, tree in loaded.items()}
+    return {(tower, p): flat_loaded[tower][p] for tower, p in group}
+
+
+def _damaged(path: Path, reason: object) -> CheckpointError:
+    # The first sentence: TensorStore appends its whole specification.
+    reason = str(reason).partition(". See full")[0].partition("\n")[0]
+    return CheckpointError(
+        f"{path} cannot be read by Orbax, files in it are missing or damaged: {reason}. Convert again."
+    )
+
+
+def versions() -> dict[str, str]:
+    """Versions of the libraries that decide what is written."""
+    names = ("clip-jax-text", "jax", "flax", "orbax-checkpoint", "numpy")
+    return {name: importlib.metadata.version(name) for name in names}
+
+
+@contextlib.contextmanager
+def _quiet_orbax() -> Iterator[None]:
+    """Keeps absl's log of Orbax' steps off the terminal; errors still arrive as exceptions."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,89 @@
+"""The parameter tree of a tower, as flat paths, and the comparison of one tree with another."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+
+from clip_jax.config import ClipTextConfig
+from clip_jax.errors import CheckpointError
+from clip_jax.models import ClipTextModel
+
+#: "text_model/encoder/layers/0/mlp/fc1/kernel" -> its shape.
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorSpec:
+    """Shape and dtype of one stored parameter."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it takes in memory."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@functools.cache
+def param_shapes(config: ClipTextConfig) -> Shapes:
+    """Path -> shape of every parameter of a tower; nothing is allocated."""
+    variables = jax.eval_shape(ClipTextModel(config).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
+    return {path: leaf.shape for path, leaf in flatten(variables["params"]).items()}
+
+
+def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested dict -> path -> leaf."""
+    return traverse_util.flatten_dict(tree, sep="/")
+
+
+def unflatten(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """Path -> leaf to a nested dict."""
+    return traverse_util.unflatten_dict(dict(leaves), sep="/")
+
+
+def layer_groups(paths: Iterable[str]) -> list[list[str]]:
+    """Splits the parameters of a tower into one group per block, and one for what is outside the blocks."""
+    groups: dict[str, list[str]] = {}
+    for path in paths:
+        head, found, tail = path.partition("/layers/")
+        groups.setdefault(f"{head}{found}{tail.split('/')[0]}" if found else "", []).append(path)
+    return list(groups.values())
+
+
+def check_shapes(expected: Shapes, found: Shapes, what: str) -> None:
+    """Compares two trees and reports every difference at once.
+
+    Raises:
+        CheckpointError: A parameter is missing, one too many, or of another shape.
+    """
+    wrong = [
+        f"{path} has shape {found[path]}, expected {expected[path]}"
+        for path in sorted(expected.keys() & found.keys())
+        if tuple(found[path]) != tuple(expected[path])
+    ]
+    faults = [
+        *list_faults("missing", expected.keys() - found.keys()),
+        *list_faults("not expected", found.keys() - expected.keys()),
+        *list_faults("wrong shape", wrong),
+    ]
+    if faults:
+        raise CheckpointError(f"{what} does not match its architecture. " + " ".join(faults))
+
+
+def list_faults(kind: str, names: Iterable[str], most: int = 20) -> list[str]:
+    """One sentence that counts and lists `names`, cut after `most`; none where there are no names."""
+    names = sorted(names)
+    if not names:
+        return []
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return [f"{kind} ({len(names)}): {', '.join(names[:most])}{more}."]

@@ -1,0 +1,74 @@
+"""Writing a folder so that it is there whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from clip_jax.errors import CheckpointError
+
+
+@contextlib.contextmanager
+def staged_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Yields a path at which to make a folder, which is renamed to `out` if the block ends without an error.
+
+    It lies hidden beside `out`, so that the last step is a rename. A process that is killed leaves it
+    there under a name nothing loads; the next one that writes to `out` removes it. Two processes that write
+    to the same `out` have two folders, and the second to end meets the first one's result.
+
+    Raises:
+        CheckpointError: `out` exists and `overwrite` is off, or it is not a folder this package wrote.
+    """
+    out = Path(os.path.abspath(out))
+    prefix = f".{out.name}.clip-jax-"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    _recover(out, prefix)
+    check_free(out, overwrite)
+    nameless = Path(tempfile.mkdtemp(prefix=".clip-jax-", dir=out.parent))
+    with open(nameless / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        # Named only once it is locked, so that nobody takes it for one whose process is gone.
+        stage = nameless.rename(out.parent / f"{prefix}{nameless.name.removeprefix('.clip-jax-')}")
+        try:
+            yield stage / "new"
+            check_free(out, overwrite)
+            if out.exists():
+                out.rename(stage / "old")
+            (stage / "new").rename(out)
+        finally:
+            if not out.exists() and (stage / "old").exists():
+                (stage / "old").rename(out)
+            shutil.rmtree(stage, ignore_errors=True)
+
+
+def check_free(out: Path, overwrite: bool) -> None:
+    """Refuses to replace what is at `out`, unless it is a checkpoint and `overwrite` is on.
+
+    Raises:
+        CheckpointError: Something is there that is to be kept.
+    """
+    if not out.exists():
+        return
+    if not overwrite:
+        raise CheckpointError(
+            f"{out} exists already. Choose another name, or replace it with overwrite=True (--overwrite)."
+        )
+    if not (out / "_CHECKPOINT_METADATA").is_file() and not (out.is_dir() and not any(out.iterdir())):
+        raise CheckpointError(
+            f"{out} is not a checkpoint written by clip_jax, so it is not overwritten. Choose another name."
+        )
+
+
+def _recover(out: Path, prefix: str) -> None:
+    """Clears the staging folders of killed processes; puts `out` back if one had moved it out of the way."""
+    for stage in out.parent.glob(f"{prefix}*"):
+        with contextlib.suppress(OSError), open(stage / "lock") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # held for as long as its process lives
+            if not out.exists() and (stage / "old").exists():
+                (stage / "old").rename(out)
+            shutil.rmtree(stage, ignore_errors=True)

@@ -1,0 +1,195 @@
+"""Orbax folders: round trips, partial reads, and every way in which one can be wrong."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import clip_jax
+from clip_jax import CheckpointError
+from clip_jax.params import checkpoint as ckpt
+from clip_jax.params.shapes import flatten
+
+
+@pytest.fixture(scope="module")
+def saved(encoder, tmp_path_factory):
+    path = tmp_path_factory.mktemp("saved") / "model"
+    encoder.save(path)
+    return path
+
+
+@pytest.fixture
+def copy(saved, tmp_path):
+    return shutil.copytree(saved, tmp_path / "copy")
+
+
+def test_round_trip_is_exact(encoder, saved):
+    jax.tree.map(np.testing.assert_array_equal, clip_jax.load(saved).params, encoder.params)
+
+
+def test_params_are_plain_nested_dicts_on_the_device(saved):
+    params = clip_jax.load(saved).params
+    assert type(params) is type(params["clip_l"]) is dict
+    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(params))
+
+
+def test_orbax_reads_the_folder_without_this_package(encoder, saved):
+    from orbax.checkpoint import v1 as ocp
+
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    abstract = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        ocp.metadata(saved).metadata,
+    )
+    jax.tree.map(np.testing.assert_array_equal, ocp.load(saved, abstract), encoder.params)
+
+
+def test_reading_in_groups_gives_the_same_params(encoder, saved, monkeypatch):
+    monkeypatch.setattr(ckpt, "_READ_BYTES", 10_000)
+    groups = list(ckpt._groups({("t", p): s for p, s in clip_jax_specs(saved).items()}))
+    assert len(groups) > 3
+    jax.tree.map(np.testing.assert_array_equal, clip_jax.load(saved).params, encoder.params)
+
+
+def clip_jax_specs(path):
+    return ckpt.read_specs(path, ckpt.read_metadata(path).configs)["clip_l"]
+
+
+def test_bfloat16_is_stored_and_read_as_such(encoder, tiny_sd15, tmp_path):
+    low = clip_jax.load(tiny_sd15, family="sd15", dtype="bfloat16")
+    low.save(tmp_path / "low")
+    assert clip_jax.info(tmp_path / "low").towers["clip_l"].dtypes == ("bfloat16",)
+    again = clip_jax.load(tmp_path / "low", dtype="bfloat16")
+    jax.tree.map(np.testing.assert_array_equal, again.params, low.params)
+
+
+def test_wrong_family_is_an_error(saved):
+    with pytest.raises(CheckpointError, match="is of family 'sd15'; family='sd21' was asked for"):
+        clip_jax.load(saved, family="sd21")
+
+
+@pytest.mark.parametrize("name", ["copy.partial_save", "copy"])
+def test_an_interrupted_run_is_refused(copy, name):
+    (copy / "commit_success.txt").unlink()
+    path = copy.rename(copy.parent / name)
+    with pytest.raises(CheckpointError, match=r"never finished.*interrupted.*convert again"):
+        clip_jax.load(path)
+
+
+def test_what_orbax_leaves_of_an_interrupted_save_is_refused(encoder, tmp_path):
+    from orbax.checkpoint import v1 as ocp
+
+    layers = encoder.params["clip_l"]["text_model"]["encoder"]["layers"]
+    ocp.partial.save(tmp_path / "model", {"clip_l": layers["0"]})
+    (left,) = tmp_path.iterdir()
+    with pytest.raises(CheckpointError, match="never finished"):
+        clip_jax.load(left)
+
+
+def test_an_orbax_folder_of_somebody_else_is_refused(tmp_path):
+    from orbax.checkpoint import v1 as ocp
+
+    ocp.save(tmp_path / "other", {"w": jnp.zeros(3)})
+    with pytest.raises(CheckpointError, match="clip_jax did not write"):
+        clip_jax.load(tmp_path / "other")
+
+
+def edit_metadata(path, change):
+    file = path / "_CHECKPOINT_METADATA"
+    stored = json.loads(file.read_text())
+    change(stored["custom_metadata"])
+    file.write_text(json.dumps(stored))
+
+
+def test_a_newer_format_is_refused(copy):
+    edit_metadata(copy, lambda m: m.update(format_version=2))
+    with pytest.raises(CheckpointError, match="format version 2.*reads up to 1. Upgrade"):
+        clip_jax.load(copy)
+
+
+def test_an_unknown_family_is_refused(copy):
+    edit_metadata(copy, lambda m: m.update(family="sd99"))
+    with pytest.raises(CheckpointError, match="family 'sd99', unknown to this clip_jax"):
+        clip_jax.load(copy)
+
+
+def test_metadata_that_is_damaged_is_refused(copy):
+    (copy / "_CHECKPOINT_METADATA").write_text("{")
+    with pytest.raises(CheckpointError, match="metadata cannot be read"):
+        clip_jax.load(copy)
+    (copy / "_CHECKPOINT_METADATA").write_text(
+        '{"custom_metadata": {"format": "clip_jax", "format_version": 1}}'
+    )
+    with pytest.raises(CheckpointError, match="metadata cannot be read"):
+        clip_jax.load(copy)
+
+
+def test_an_architecture_that_the_params_do_not_have_is_refused(copy):
+    edit_metadata(copy, lambda m: m["towers"]["clip_l"]["config"].update(num_hidden_layers=4))
+    with pytest.raises(CheckpointError, match=r"missing \(16\): text_model/encoder/layers/3/"):
+        clip_jax.load(copy)
+
+
+def largest_file(path):
+    return max((path / "state").rglob("d/*"), key=lambda file: file.stat().st_size)
+
+
+def test_a_file_that_is_missing_or_cut_short_is_an_error(copy):
+    data = largest_file(copy)
+    whole = data.read_bytes()
+    data.write_bytes(whole[:100])
+    with pytest.raises(
+        CheckpointError, match=rf"is not whole. damaged \(1\): .*{data.name} has 100 of {len(whole)} bytes"
+    ):
+        clip_jax.load(copy)
+    data.unlink()
+    with pytest.raises(CheckpointError, match=rf"{data.name} is missing\. Copy it again"):
+        clip_jax.load(copy)
+    shutil.rmtree(copy / "tokenizers")
+    with pytest.raises(
+        CheckpointError, match=r"damaged \(3\): .*tokenizers/clip_l/tokenizer.json is missing"
+    ):
+        clip_jax.load(copy)
+
+
+def test_data_of_the_right_size_that_orbax_cannot_read_is_one_line_on_the_command_line(copy):
+    # In a process of its own: Orbax' threads go on complaining after its error has been caught.
+    for file in (copy / "state").rglob("d/*"):
+        file.write_bytes(b"\0" * file.stat().st_size)
+    command = [
+        sys.executable,
+        "-c",
+        f"from clip_jax.cli import main; exit(main(['embed', 'x', '--model', {str(copy)!r}]))",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert re.search(
+        r"^clip-jax: error: .*copy cannot be read by Orbax, files in it are .*damaged: .* Convert again\.$",
+        done.stderr,
+        re.M,
+    )
+
+
+def test_float16_overflow_on_load_names_the_parameter(encoder, tmp_path):
+    params = jax.tree.map(lambda x: x, encoder.params)
+    params["clip_l"]["text_model"]["final_layer_norm"]["bias"] = jnp.full(32, 1e6)
+    clip_jax.TextEncoder(encoder.family, params, encoder.tokenizers).save(tmp_path / "large")
+    with pytest.raises(
+        CheckpointError, match="clip_l/text_model/final_layer_norm/bias holds values up to .*float16"
+    ):
+        clip_jax.load(tmp_path / "large", dtype="float16")
+
+
+def test_saving_over_a_checkpoint_keeps_it_unless_told(encoder, copy):
+    before = sorted(flatten(clip_jax.load(copy).params))
+    with pytest.raises(CheckpointError, match="exists already"):
+        encoder.save(copy)
+    assert sorted(flatten(clip_jax.load(copy).params)) == before
+    encoder.save(copy, overwrite=True)
+    jax.tree.map(np.testing.assert_array_equal, clip_jax.load(copy).params, encoder.params)

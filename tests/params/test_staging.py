@@ -1,0 +1,110 @@
+"""A folder appears whole or not at all, and what was there stays until then."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from clip_jax import CheckpointError
+from clip_jax.params.staging import staged_folder
+
+
+def make_checkpoint(path, content="old"):
+    path.mkdir()
+    (path / "_CHECKPOINT_METADATA").write_text(content)
+
+
+def write(out, content="new", **kwargs):
+    with staged_folder(out, **kwargs) as folder:
+        make_checkpoint(folder, content)
+
+
+def test_the_folder_appears_at_the_end(tmp_path):
+    out = tmp_path / "deep" / "out"
+    with staged_folder(out) as folder:
+        make_checkpoint(folder)
+        assert not out.exists()
+    assert [p.name for p in out.iterdir()] == ["_CHECKPOINT_METADATA"]
+    assert [p.name for p in out.parent.iterdir()] == ["out"]
+
+
+def test_an_existing_folder_is_refused_without_overwrite(tmp_path):
+    make_checkpoint(tmp_path / "out")
+    with pytest.raises(CheckpointError, match=r"out exists already.*overwrite=True"):
+        write(tmp_path / "out")
+    assert (tmp_path / "out" / "_CHECKPOINT_METADATA").read_text() == "old"
+    write(tmp_path / "out", overwrite=True)
+    assert (tmp_path / "out" / "_CHECKPOINT_METADATA").read_text() == "new"
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_is_no_checkpoint_is_never_overwritten(tmp_path):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter1.tex").write_text("years of work")
+    (tmp_path / "file").write_text("text")
+    for name in ("thesis", "file"):
+        with pytest.raises(
+            CheckpointError, match="not a checkpoint written by clip_jax, so it is not overwritten"
+        ):
+            write(tmp_path / name, overwrite=True)
+    assert (tmp_path / "thesis" / "chapter1.tex").read_text() == "years of work"
+
+
+def test_an_error_leaves_the_old_folder_and_no_new_one(tmp_path):
+    make_checkpoint(tmp_path / "out")
+    with (
+        pytest.raises(RuntimeError, match="disk full"),
+        staged_folder(tmp_path / "out", overwrite=True) as folder,
+    ):
+        make_checkpoint(folder)
+        raise RuntimeError("disk full")
+    assert (tmp_path / "out" / "_CHECKPOINT_METADATA").read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_folder_that_appeared_meanwhile_is_kept(tmp_path):
+    with pytest.raises(CheckpointError, match="exists already"), staged_folder(tmp_path / "out") as folder:
+        make_checkpoint(folder, "slow")
+        write(tmp_path / "out", "quick")
+    assert (tmp_path / "out" / "_CHECKPOINT_METADATA").read_text() == "quick"
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("point", ["write", "swap"])
+def test_a_killed_process_leaves_the_old_folder_and_is_cleared_up_after(tmp_path, point):
+    make_checkpoint(tmp_path / "out")
+    code = textwrap.dedent(
+        f"""
+        import os, pathlib, signal
+        from clip_jax.params.staging import staged_folder
+        die = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        out = pathlib.Path({str(tmp_path / "out")!r})
+        with staged_folder(out, overwrite=True) as folder:
+            folder.mkdir()
+            (folder / "_CHECKPOINT_METADATA").write_text("half")
+            if {point!r} == "write":
+                die()
+            rename = pathlib.Path.rename  # dies between moving the old folder away and moving the new one in
+            pathlib.Path.rename = lambda self, target: die() if self.name == "new" else rename(self, target)
+        """
+    )
+    died = subprocess.run([sys.executable, "-c", code], check=False)
+    assert died.returncode == -signal.SIGKILL
+    left = {p.name for p in tmp_path.iterdir()}
+    assert any(name.startswith(".out.clip-jax-") for name in left)
+    with pytest.raises(CheckpointError, match="exists already"):  # clears up first, then finds the old folder
+        write(tmp_path / "out")
+    assert (tmp_path / "out" / "_CHECKPOINT_METADATA").read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_staging_folder_of_a_running_process_is_left_alone(tmp_path):
+    with staged_folder(tmp_path / "out") as folder:
+        make_checkpoint(folder, "slow")
+        with pytest.raises(ZeroDivisionError), staged_folder(tmp_path / "out"):
+            raise ZeroDivisionError
+        assert os.path.isdir(folder)
+    assert (tmp_path / "out" / "_CHECKPOINT_METADATA").read_text() == "slow"

@@ -1,0 +1,155 @@
+"""TextEncoder: batches, guidance, buckets, saving, and what it refuses."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import clip_jax
+from clip_jax import ClipJaxError, PromptTooLongError, TextEncoder
+
+LONG = " ".join(["cat"] * 80)
+
+
+def test_one_prompt_gives_a_guidance_pair(encoder):
+    out = encoder("a cat", negative_prompt="blurry")
+    assert out.prompt_embeds.shape == (2, 77, 32)
+    assert out.prompt_embeds.dtype == jnp.float32
+    np.testing.assert_allclose(
+        out.cond.prompt_embeds, encoder("a cat", guidance=False).prompt_embeds, atol=1e-5
+    )
+    np.testing.assert_allclose(
+        out.uncond.prompt_embeds, encoder("blurry", guidance=False).prompt_embeds, atol=1e-5
+    )
+
+
+def test_no_negative_prompt_is_the_empty_prompt(encoder):
+    np.testing.assert_array_equal(encoder("a cat").prompt_embeds, encoder("a cat", "").prompt_embeds)
+
+
+def test_empty_prompt_is_valid(encoder):
+    tokens = encoder.tokenize("")
+    assert tokens.cond["clip_l"].tolist() == [[49406, *[49407] * 76]]
+    assert np.isfinite(encoder("").prompt_embeds).all()
+
+
+def test_families_pad_with_their_own_token(tiny_sd21):
+    tokens = clip_jax.load(tiny_sd21, family="sd21").tokenize("a cat!", guidance=False)
+    assert tokens.cond["clip_h"].tolist() == [[49406, 320, 2368, 0, 49407, *[0] * 72]]
+
+
+@pytest.mark.parametrize("size", [2, 3, 5, 33])
+def test_batches_are_row_for_row_their_prompts(encoder, size):
+    prompts = [f"picture number {i}" for i in range(size)]
+    negatives = [f"mistake {i}" for i in range(size)]
+    out = encoder(prompts, negative_prompt=negatives)
+    assert out.prompt_embeds.shape == (2 * size, 77, 32)
+    for i in (0, size - 1):
+        pair = encoder(prompts[i], negative_prompt=negatives[i]).prompt_embeds
+        np.testing.assert_allclose(out.prompt_embeds[i], pair[0], atol=1e-5)
+        np.testing.assert_allclose(out.prompt_embeds[size + i], pair[1], atol=1e-5)
+
+
+def test_a_str_negative_is_for_all_prompts(encoder):
+    one = encoder(["a", "b"], negative_prompt="blurry")
+    each = encoder(["a", "b"], negative_prompt=["blurry", "blurry"])
+    np.testing.assert_array_equal(one.prompt_embeds, each.prompt_embeds)
+
+
+def test_batch_sizes_share_programs(encoder):
+    encoder(["x"] * 8)
+    before = clip_jax.text_embeddings._cache_size()
+    for size in (5, 6, 7):
+        encoder(["x"] * size)
+    assert clip_jax.text_embeddings._cache_size() == before
+
+
+def test_prompts_and_negatives_are_tokenised_as_one_batch(encoder, monkeypatch):
+    calls = []
+    tokenizer = encoder.tokenizers["clip_l"]
+    encode = tokenizer.encode
+    monkeypatch.setattr(tokenizer, "encode", lambda p, **kw: calls.append(list(p)) or encode(p, **kw))
+    encoder.tokenize(["a", "b"], negative_prompt="c")
+    assert calls == [["c", "a", "b"]]
+
+
+def test_dtype_is_that_of_the_computation_and_the_result(tiny_sd15, encoder):
+    exact = np.asarray(encoder("a cat").prompt_embeds)
+    low = clip_jax.load(tiny_sd15, family="sd15", dtype="bfloat16")
+    assert {x.dtype.name for x in jax.tree.leaves(low.params)} == {"bfloat16"}
+    out = low("a cat").prompt_embeds
+    assert out.dtype == jnp.bfloat16
+    assert np.linalg.norm(np.asarray(out, np.float32) - exact) < 0.02 * np.linalg.norm(exact)
+    kept = clip_jax.load(tiny_sd15, family="sd15", dtype=jnp.bfloat16, param_dtype="float32")
+    assert {x.dtype.name for x in jax.tree.leaves(kept.params)} == {"float32"}
+    assert kept("a cat").prompt_embeds.dtype == jnp.bfloat16
+
+
+def test_save_and_load_give_the_same_embeddings(encoder, tmp_path):
+    encoder.save(tmp_path / "saved")
+    loaded = clip_jax.load(tmp_path / "saved")
+    assert loaded.config == encoder.config
+    assert loaded.provenance["format"] == encoder.provenance["format"]
+    np.testing.assert_array_equal(loaded("a cat!").prompt_embeds, encoder("a cat!").prompt_embeds)
+
+
+def test_config_is_per_tower(encoder):
+    assert encoder.config["clip_l"].hidden_size == 32
+
+
+@pytest.mark.parametrize(
+    ("prompt", "negative", "name"),
+    [(LONG, "", "prompt"), (["a", LONG], "", r"prompt\[1\]"), ("a", LONG, "negative_prompt")],
+)
+def test_a_prompt_that_does_not_fit_is_an_error_that_shows_the_rest(encoder, prompt, negative, name):
+    with pytest.raises(PromptTooLongError, match=rf"{name}: 82 tokens, 5 too many.*cat cat cat cat cat"):
+        encoder(prompt, negative_prompt=negative)
+
+
+def test_truncate_warns_with_the_same_text_and_encodes_what_fits(encoder):
+    with pytest.warns(UserWarning, match=r"prompt\b.* 82 .*cat cat cat cat cat"):
+        cut = encoder(LONG, overflow="truncate")
+    fits = encoder(" ".join(["cat"] * 75))
+    np.testing.assert_array_equal(cut.prompt_embeds, fits.prompt_embeds)
+
+
+def test_lists_of_different_lengths_are_refused(encoder):
+    with pytest.raises(ClipJaxError, match="negative_prompt has 3 entries for 2 prompts"):
+        encoder(["a", "b"], negative_prompt=["c", "d", "e"])
+    with pytest.raises(ClipJaxError, match="negative_prompt has 0 entries for 1 prompts"):
+        encoder("a", negative_prompt=[])
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        (None, "prompt must be a str or a list of str, found NoneType"),
+        (b"a cat", "prompt must be a str or a list of str, found bytes"),
+        (7, "prompt must be a str or a list of str, found int"),
+        (["a", None], r"prompt\[1\] must be a str, \w+ NoneType"),
+        ([], "prompt is an empty list"),
+    ],
+)
+def test_prompts_that_are_not_text_are_refused(encoder, prompt, message):
+    with pytest.raises(ClipJaxError, match=message):
+        encoder(prompt)
+
+
+def test_unknown_overflow_is_refused(encoder):
+    with pytest.raises(ClipJaxError, match="overflow must be one of .*'error', 'truncate'.*'cut'"):
+        encoder("a", overflow="cut")
+
+
+def test_unknown_dtype_is_refused(tiny_sd15):
+    with pytest.raises(ClipJaxError, match="dtype must be one of float32, bfloat16, float16, found 'int8'"):
+        clip_jax.load(tiny_sd15, family="sd15", dtype="int8")
+
+
+def test_float16_that_overflows_is_an_error(encoder):
+    params = jax.tree.map(lambda x: x, encoder.params)
+    params["clip_l"]["text_model"]["final_layer_norm"]["scale"] = jnp.full(32, 60000.0)
+    half = TextEncoder(encoder.family, params, encoder.tokenizers, dtype="float16")
+    with pytest.raises(ClipJaxError, match="overflow float16.*dtype='bfloat16'"):
+        half("a cat")
+    single = TextEncoder(encoder.family, params, encoder.tokenizers)
+    assert np.isfinite(single("a cat").prompt_embeds).all()
