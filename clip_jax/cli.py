@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 import tempfile
@@ -25,9 +26,11 @@ _SOURCE_HELP = "converted folder, diffusers folder, text encoder folder, Hub rep
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code: 0, or 2 with one line on stderr for a user error."""
     arguments = _parser().parse_args(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # prompts and pieces may hold what the terminal cannot show
+        sys.stdout.reconfigure(errors="backslashreplace")
     with warnings.catch_warnings():
         warnings.simplefilter("default", UserWarning)
-        warnings.showwarning = lambda message, *_: _say("warning", message)  # type: ignore[assignment]
+        warnings.showwarning = lambda message, *_: _say("warning", message)
         try:
             arguments.run(arguments)
         except (ClipJaxError, OSError) as error:
@@ -53,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     convert = _command(commands, "convert", _convert, "convert a checkpoint to an Orbax folder")
-    convert.add_argument("source", metavar="SRC", help=_SOURCE_HELP.replace("converted folder, ", ""))
+    convert.add_argument("source", metavar="SRC", help="diffusers folder, text encoder folder, or Hub repo id")
     convert.add_argument("out", metavar="OUT", type=Path, help="folder to make")
     convert.add_argument("--dtype", help="of the stored params; by default that of the source")
     convert.add_argument("--overwrite", action="store_true", help="replace a checkpoint that is at OUT")
@@ -125,7 +128,8 @@ def _prompts(arguments: argparse.Namespace) -> list[str]:
         raise ClipJaxError(f"The prompts are not UTF-8 text: {error}.") from error
     if not text:
         raise ClipJaxError("Expected prompts, one per line; found nothing.")
-    return text.splitlines()
+    # A byte order mark is no part of a prompt, and only a newline ends one: not U+2028, as in `splitlines`.
+    return text.removeprefix("\ufeff").removesuffix("\n").split("\n")
 
 
 def _convert(arguments: argparse.Namespace) -> None:

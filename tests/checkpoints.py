@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from safetensors.numpy import save_file
 
-from clip_jax.config import ClipTextConfig
+from clip_jax import FAMILIES, ClipTextConfig, TextEncoder, load
 from clip_jax.tokenizers import ClipTokenizer
 
 TINY = ClipTextConfig(
@@ -57,6 +59,15 @@ def hf_state(config: ClipTextConfig, *, prefix: str = "text_model.", seed: int =
     if config.projection_dim is not None:
         state["text_projection.weight"] = matrix(config.projection_dim, d, d**-0.5)
     return state
+
+
+def load_as_sd15(folder: Path, config: ClipTextConfig) -> TextEncoder:
+    """Loads a folder under an "sd15" that is made for `config`, with a projection if it has one."""
+    sd15 = FAMILIES["sd15"]
+    towers = (dataclasses.replace(sd15.towers[0], config=config),)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(FAMILIES, "sd15", dataclasses.replace(sd15, towers=towers))
+        return load(folder, family="sd15")
 
 
 def write_text_encoder(folder: Path, config: Mapping[str, Any], state: Mapping[str, np.ndarray]) -> Path:

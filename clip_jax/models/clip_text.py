@@ -51,13 +51,13 @@ class _Module(nn.Module):
     dtype: jax.typing.DTypeLike = jnp.float32
     param_dtype: jax.typing.DTypeLike = jnp.float32
 
-    def dense(self, features: int, name: str, use_bias: bool = True) -> nn.Dense:
+    def dense(self, features: int, name: str | None, use_bias: bool = True) -> nn.Dense:
         init = nn.initializers.normal(0.02)
         return nn.Dense(
             features, use_bias, dtype=self.dtype, param_dtype=self.param_dtype, kernel_init=init, name=name
         )
 
-    def layer_norm(self, name: str) -> nn.LayerNorm:
+    def layer_norm(self, name: str | None) -> nn.LayerNorm:
         # The fast variance E[x^2] - E[x]^2 cancels in float32 where |mean| >> std, as in CLIP's streams.
         return nn.LayerNorm(
             self.config.layer_norm_eps,

@@ -1,0 +1,157 @@
+"""Turns a result into its table in the README: `python -m bench.report bench/results/NAME.json`.
+
+A result with `cases` is one of `bench.encode`; one with `errors` is what `pytest tests/parity --write-errors`
+writes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+SCHEMA = 1
+
+
+class ReportError(Exception):
+    """The result or the README is not what the report works on."""
+
+
+def render(result: Mapping[str, Any], source: str) -> str:
+    """The markdown table of a result, and below it one line: what it shows, and where it was measured.
+
+    Args:
+        result: The content of the JSON file.
+        source: The name of the file.
+
+    Raises:
+        ReportError: The result has another schema.
+    """
+    return _render_errors(result, source) if "errors" in result else _render_times(result, source)
+
+
+def kind(result: Mapping[str, Any]) -> str:
+    """The name of the markers between which the README has the table of a result."""
+    return "parity" if "errors" in result else "bench:encode"
+
+
+def _render_errors(result: Mapping[str, Any], source: str) -> str:
+    rows = [
+        ["what is compared", "max abs error", "largest value", "tolerance"],
+        ["---", "---:", "---:", "---:"],
+    ]
+    for name, error in result["errors"].items():
+        rows.append(
+            [
+                name,
+                f"{error['max_abs_error']:.1e}",
+                f"{error['largest_value']:.2g}",
+                f"{error['tolerance']:.0e}",
+            ]
+        )
+    return (
+        f"{_table(rows)}\n\nfloat32, on CPU ({result['machine']}), {result['date']}; "
+        f"{_versions({'Python': result['python'], **result['versions']})}; `{source}`."
+    )
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _render_times(result: Mapping[str, Any], source: str) -> str:
+    if result.get("schema") != SCHEMA:
+        raise ReportError(f"{source} has schema {result.get('schema')!r}; expected {SCHEMA}.")
+    ours, *peers = names = list(result["contenders"])
+    rows = [
+        ["family", "dtype", *(f"{name}, ms" for name in names), *(f"{ours} / {peer}" for peer in peers)],
+        ["---", "---", *["---:"] * (len(names) + len(peers))],
+    ]
+    for case in result["cases"]:
+        times = [case["contenders"][name]["ms"] for name in names]
+        ratios = [case["ratio_to"][peer] for peer in peers]
+        rows.append(
+            [
+                case["family"],
+                case["dtype"],
+                *(f"{_ms(time['median'])} ({_ms(time['q1'])} to {_ms(time['q3'])})" for time in times),
+                *(f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})" for ratio in ratios),
+            ]
+        )
+    return f"{_table(rows)}\n\n{_caption(result, source)}"
+
+
+def splice(readme: str, table: str, name: str) -> str:
+    """The README with `table` between the markers called `name`.
+
+    Raises:
+        ReportError: The markers are not there, or not once each and in order.
+    """
+    first, last = f"<!-- {name} -->", f"<!-- /{name} -->"
+    before, start, rest = readme.partition(first)
+    _, end, after = rest.partition(last)
+    if not (start and end) or first in rest or last in before + after:
+        raise ReportError(f"Expected {first} and {last} once each, in this order, around the table.")
+    return f"{before}{first}\n\n{table}\n\n{last}{after}"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
+    parser.add_argument("result", type=Path)
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument(
+        "--check", type=Path, metavar="README", help="fail unless its table is that of the result"
+    )
+    what.add_argument("--write", type=Path, metavar="README", help="replace its table")
+    args = parser.parse_args(argv)
+    try:
+        result = json.loads(args.result.read_text(encoding="utf-8"))
+        table = render(result, args.result.name)
+        if args.check or args.write:
+            readme = (args.check or args.write).read_text(encoding="utf-8")
+            wanted = splice(readme, table, kind(result))
+    except (OSError, ReportError) as error:
+        sys.exit(f"bench.report: {error}")
+    if args.write:
+        args.write.write_text(wanted, encoding="utf-8")
+    elif not args.check:
+        print(table)
+    elif wanted != readme:
+        sys.exit(
+            f"bench.report: the table in {args.check} is not that of {args.result}. "
+            f"Update it: python -m bench.report {args.result} --write {args.check}"
+        )
+
+
+def _ms(value: float) -> str:
+    return f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def _caption(result: Mapping[str, Any], source: str) -> str:
+    devices = dict.fromkeys(about["device"] for about in result["contenders"].values())
+    others = max(case["other_cores"] for case in result["cases"])
+    versions = (_versions(about["versions"]) for about in result["contenders"].values())
+    commit = f"commit {result['commit'][:7]}" if result["commit"] else "no commit"
+    cores = f"{result['host']['cores']} CPU cores, at most {others} of them taken by others"
+    facts = [
+        f"{' / '.join(devices)}, {cores}",
+        *versions,
+        f"{result['date'][:10]}, {commit}{' with uncommitted changes' if result['dirty'] else ''}",
+    ]
+    return (
+        f"One guidance pair, random weights; {result['settings']['repeats']} interleaved calls each: median "
+        f"(quartiles); ratio: median (min to max) of the pairwise ratios, lower is faster. "
+        f"{'; '.join(facts)}; `{source}`."
+    )
+
+
+def _versions(versions: Mapping[str, str]) -> str:
+    python, *others = (f"{name} {version}" for name, version in versions.items())
+    return f"{', '.join(others)} on {python}"
+
+
+if __name__ == "__main__":
+    main()

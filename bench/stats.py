@@ -1,0 +1,20 @@
+"""Medians and spreads of samples; pure."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+
+
+def summary(samples: Sequence[float]) -> dict[str, float]:
+    """Median, quartiles (inclusive: as numpy's), interquartile range, and extremes of two or more samples."""
+    q1, median, q3 = statistics.quantiles(samples, n=4, method="inclusive")
+    found = {"median": median, "q1": q1, "q3": q3, "iqr": q3 - q1, "min": min(samples), "max": max(samples)}
+    return {name: round(value, 4) for name, value in found.items()}
+
+
+def pairwise_ratio(ours: Sequence[float], peer: Sequence[float]) -> dict[str, float]:
+    """Median and extremes of `ours[i] / peer[i]`, the samples of one round each: drift cancels out."""
+    ratios = [a / b for a, b in zip(ours, peer, strict=True)]
+    found = {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
+    return {name: round(value, 4) for name, value in found.items()}
