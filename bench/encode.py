@@ -58,9 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if sys.platform != "linux":
         sys.exit("bench.encode: reads /proc, so it runs on Linux alone.")
     try:
-        contenders = [
-            Contender(OURS, (_interpreter(args.jax_python, "--jax-python"), "-m", "bench.worker_jax"))
-        ]
+        contenders = [Contender(OURS, (_interpreter(args.jax_python, "--jax-python"), "-m", "bench.worker_jax"))]
         if args.torch:
             python = _interpreter(args.torch_python, "--torch-python")
             _require_torch(python)

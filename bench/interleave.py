@@ -34,9 +34,7 @@ class Contender:
     command: tuple[str, ...]
 
 
-def run_case(
-    contenders: Sequence[Contender], family: str, dtype: str, repeats: int, bar: tqdm
-) -> dict[str, Any]:
+def run_case(contenders: Sequence[Contender], family: str, dtype: str, repeats: int, bar: tqdm) -> dict[str, Any]:
     """Times all contenders on one case.
 
     The first contender is ours: its worker tells the others the architecture, and ratios are to it.

@@ -1,7 +1,7 @@
 """Turns a result into its table in the README: `python -m bench.report bench/results/NAME.json`.
 
-A result with `cases` is one of `bench.encode`; one with `errors` is what `pytest tests/parity --write-errors`
-writes.
+A result with `cases` is one of `bench.encode`, one with `peaks` one of `bench.memory`, and one with `errors` what
+`pytest tests/parity --write-errors` writes.
 """
 
 from __future__ import annotations
@@ -30,12 +30,15 @@ def render(result: Mapping[str, Any], source: str) -> str:
     Raises:
         ReportError: The result has another schema.
     """
-    return _render_errors(result, source) if "errors" in result else _render_times(result, source)
+    renderers = {"parity": _render_errors, "bench:memory": _render_peaks, "bench:encode": _render_times}
+    return renderers[kind(result)](result, source)
 
 
 def kind(result: Mapping[str, Any]) -> str:
     """The name of the markers between which the README has the table of a result."""
-    return "parity" if "errors" in result else "bench:encode"
+    if "errors" in result:
+        return "parity"
+    return "bench:memory" if "peaks" in result else "bench:encode"
 
 
 def _render_errors(result: Mapping[str, Any], source: str) -> str:
@@ -55,6 +58,19 @@ def _render_errors(result: Mapping[str, Any], source: str) -> str:
     return (
         f"{_table(rows)}\n\nfloat32, on CPU ({result['machine']}), {result['date']}; "
         f"{_versions({'Python': result['python'], **result['versions']})}; `{source}`."
+    )
+
+
+def _render_peaks(result: Mapping[str, Any], source: str) -> str:
+    rows = [["step", "peak, MiB", "before, MiB", "above what was there before, of the model"], ["---", *["---:"] * 3]]
+    model = result["model"]
+    for step, peak in result["peaks"].items():
+        share = (peak["peak_mib"] - peak["before_mib"]) / model["mib"]
+        rows.append([step, f"{peak['peak_mib']:,.0f}", f"{peak['before_mib']:,.0f}", f"{share:.0%}"])
+    return (
+        f"{_table(rows)}\n\nAnonymous memory of the process, without the page cache; {model['family']} with "
+        f"{model['parameters']:,} random parameters in {model['dtype']}, {model['mib']:,.0f} MiB; "
+        f"{_versions({'Python': result['python'], **result['versions']})}; {result['date'][:10]}; `{source}`."
     )
 
 
@@ -102,9 +118,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
     parser.add_argument("result", type=Path)
     what = parser.add_mutually_exclusive_group()
-    what.add_argument(
-        "--check", type=Path, metavar="README", help="fail unless its table is that of the result"
-    )
+    what.add_argument("--check", type=Path, metavar="README", help="fail unless its table is that of the result")
     what.add_argument("--write", type=Path, metavar="README", help="replace its table")
     args = parser.parse_args(argv)
     try:

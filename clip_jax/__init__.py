@@ -10,6 +10,7 @@ from clip_jax._version import __version__ as __version__
 
 if TYPE_CHECKING:
     from clip_jax.config import ClipTextConfig as ClipTextConfig
+    from clip_jax.config import T5EncoderConfig as T5EncoderConfig
     from clip_jax.embed import text_embeddings as text_embeddings
     from clip_jax.encoder import TextEncoder as TextEncoder
     from clip_jax.errors import CheckpointError as CheckpointError
@@ -18,10 +19,12 @@ if TYPE_CHECKING:
     from clip_jax.errors import PromptTooLongError as PromptTooLongError
     from clip_jax.families import FAMILIES as FAMILIES
     from clip_jax.families import Family as Family
+    from clip_jax.families import time_ids as time_ids
     from clip_jax.loading import info as info
     from clip_jax.loading import load as load
     from clip_jax.loading import load_tokenizers as load_tokenizers
     from clip_jax.models import ClipTextModel as ClipTextModel
+    from clip_jax.models import T5Encoder as T5Encoder
     from clip_jax.structs import TextEmbeddings as TextEmbeddings
     from clip_jax.structs import Tokens as Tokens
 
@@ -34,6 +37,8 @@ _HOMES = {
     "FAMILIES": "families",
     "Family": "families",
     "PromptTooLongError": "errors",
+    "T5Encoder": "models",
+    "T5EncoderConfig": "config",
     "TextEmbeddings": "structs",
     "TextEncoder": "encoder",
     "Tokens": "structs",
@@ -41,6 +46,7 @@ _HOMES = {
     "load": "loading",
     "load_tokenizers": "loading",
     "text_embeddings": "embed",
+    "time_ids": "families",
 }
 
 __all__ = ["__version__", *_HOMES]

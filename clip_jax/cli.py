@@ -59,30 +59,35 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("source", metavar="SRC", help="diffusers folder, text encoder folder, or Hub repo id")
     convert.add_argument("out", metavar="OUT", type=Path, help="folder to make")
     convert.add_argument("--dtype", help="of the stored params; by default that of the source")
+    convert.add_argument("--without", metavar="TOWER", action="append", default=[], help="leave out a tower: t5 of sd3")
     convert.add_argument("--overwrite", action="store_true", help="replace a checkpoint that is at OUT")
     _add_source_options(convert)
 
     embed = _command(commands, "embed", _embed, "encode prompts")
     _add_prompt(embed)
-    embed.add_argument("--negative", metavar="TEXT", help='negative prompt for all prompts (default "")')
+    embed.add_argument("--prompt-2", metavar="TEXT", help="for the second text encoder (default: the prompt)")
+    embed.add_argument("--prompt-3", metavar="TEXT", help="for the third text encoder (default: the prompt)")
+    embed.add_argument("--negative", metavar="TEXT", help="negative prompt, for all prompts")
+    embed.add_argument("--negative-2", metavar="TEXT", help="for the second text encoder (default: --negative)")
+    embed.add_argument("--negative-3", metavar="TEXT", help="for the third text encoder (default: --negative)")
     embed.add_argument("--model", metavar="SRC", required=True, help=_SOURCE_HELP)
     embed.add_argument("--dtype", default="float32", help="of the computation: float32, bfloat16 or float16")
-    embed.add_argument("--no-guidance", action="store_true", help="leave out the unconditional rows")
+    embed.add_argument(
+        "--guidance",
+        action=argparse.BooleanOptionalAction,
+        help="with or without unconditional rows (default: as the family's pipelines want it)",
+    )
     embed.add_argument("--clip-skip", type=int, metavar="N", help="layers to leave out at the end")
-    embed.add_argument(
-        "--overflow", choices=("error", "truncate"), default="error", help="for prompts too long"
-    )
-    embed.add_argument(
-        "--out", metavar="FILE", type=Path, help="write the embeddings to .safetensors or .npz"
-    )
+    embed.add_argument("--max-sequence-length", type=int, metavar="L", help="tokens of T5, at most 512")
+    embed.add_argument("--without", metavar="TOWER", action="append", default=[], help="leave out a tower: t5 of sd3")
+    embed.add_argument("--overflow", choices=("error", "truncate"), default="error", help="for prompts too long")
+    embed.add_argument("--out", metavar="FILE", type=Path, help="write the embeddings to .safetensors or .npz")
     embed.add_argument("--overwrite", action="store_true", help="replace FILE if it is there")
     _add_source_options(embed)
 
     tokenize = _command(commands, "tokenize", _tokenize, "show the tokens of prompts, and what would be cut")
     _add_prompt(tokenize)
-    tokenize.add_argument(
-        "--model", metavar="SRC", default="random:sd15", help=f"{_SOURCE_HELP} (%(default)s)"
-    )
+    tokenize.add_argument("--model", metavar="SRC", default="random:sd15", help=f"{_SOURCE_HELP} (%(default)s)")
     _add_source_options(tokenize)
 
     info = _command(commands, "info", _info, "show what a model holds, without reading its weights")
@@ -91,9 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _command(
-    commands: Any, name: str, run: Callable[[argparse.Namespace], None], text: str
-) -> argparse.ArgumentParser:
+def _command(commands: Any, name: str, run: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
     command: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
     command.set_defaults(run=run)
     return command
@@ -101,18 +104,14 @@ def _command(
 
 def _add_prompt(command: argparse.ArgumentParser) -> None:
     group = command.add_mutually_exclusive_group(required=True)
-    group.add_argument(
-        "prompt", metavar="PROMPT", nargs="?", help="the prompt; - reads one per line from stdin"
-    )
+    group.add_argument("prompt", metavar="PROMPT", nargs="?", help="the prompt; - reads one per line from stdin")
     group.add_argument("--file", metavar="FILE", type=Path, help="read prompts from a file, one per line")
 
 
 def _add_source_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--family", help="where it cannot be told from the source: sd15, sd21, ...")
     command.add_argument("--revision", help="branch, tag or commit of a Hub repo")
-    command.add_argument(
-        "--local-files-only", action="store_true", help="take a Hub repo from the local cache"
-    )
+    command.add_argument("--local-files-only", action="store_true", help="take a Hub repo from the local cache")
 
 
 def _source_options(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -139,6 +138,7 @@ def _convert(arguments: argparse.Namespace) -> None:
         arguments.source,
         arguments.out,
         dtype=arguments.dtype,
+        without=arguments.without,
         overwrite=arguments.overwrite,
         **_source_options(arguments),
     )
@@ -151,40 +151,50 @@ def _embed(arguments: argparse.Namespace) -> None:
     prompts = _prompts(arguments)
     from clip_jax.loading import load
 
-    encoder = load(arguments.model, dtype=arguments.dtype, **_source_options(arguments))
+    encoder = load(arguments.model, dtype=arguments.dtype, without=arguments.without, **_source_options(arguments))
     start = time.perf_counter()
     tokens = encoder.tokenize(
-        prompts, arguments.negative, guidance=not arguments.no_guidance, overflow=arguments.overflow
+        prompts,
+        arguments.negative,
+        prompt_2=arguments.prompt_2,
+        prompt_3=arguments.prompt_3,
+        negative_prompt_2=arguments.negative_2,
+        negative_prompt_3=arguments.negative_3,
+        guidance=arguments.guidance,
+        max_sequence_length=arguments.max_sequence_length,
+        overflow=arguments.overflow,
     )
     seconds = [time.perf_counter() - start]
     for _ in range(2):  # the first call compiles and runs, the second only runs
         start = time.perf_counter()
-        out = encoder.encode(tokens, clip_skip=arguments.clip_skip)
+        out = encoder.encode(tokens, clip_skip=arguments.clip_skip, max_sequence_length=arguments.max_sequence_length)
         out.prompt_embeds.block_until_ready()
         seconds.append(time.perf_counter() - start)
     tokenise, first, run = seconds
 
-    negatives = [arguments.negative or ""] * len(prompts) if out.guidance else []
-    _print_rows(out, [("uncond", text) for text in negatives] + [("cond", text) for text in prompts])
+    _print_rows(out, prompts, arguments.negative)
     print(f"tokenise {tokenise * 1e3:.1f} ms, compile {max(first - run, 0):.2f} s, run {run * 1e3:.1f} ms")
     if arguments.out is not None:
         _write(arguments.out, out)
 
 
-def _print_rows(out: TextEmbeddings, labels: list[tuple[str, str]]) -> None:
+def _print_rows(out: TextEmbeddings, prompts: list[str], negative: str | None) -> None:
     import numpy as np
 
+    labels = [("uncond", negative or "")] * len(prompts) if out.guidance else []
+    labels += [("cond", prompt) for prompt in prompts]
     for name, array in _arrays(out).items():
         print(f"{name} {array.shape} {array.dtype}")
-        for row, (kind, text) in zip(array, labels, strict=True):
-            print(f"  {kind:6}  norm {np.linalg.norm(row.astype(np.float32)):10.4f}  {text!r}")
+        if name != "text_ids":
+            for row, (kind, text) in zip(array, labels, strict=True):
+                print(f"  {kind:6}  norm {np.linalg.norm(row.astype(np.float32)):10.4f}  {text!r}")
 
 
 def _arrays(out: TextEmbeddings) -> dict[str, Any]:
     import numpy as np
 
-    fields = {"prompt_embeds": out.prompt_embeds, "pooled_prompt_embeds": out.pooled_prompt_embeds}
-    return {name: np.asarray(array) for name, array in fields.items() if array is not None}
+    names = ("prompt_embeds", "pooled_prompt_embeds", "text_ids")
+    return {name: np.asarray(getattr(out, name)) for name in names if getattr(out, name) is not None}
 
 
 def _check_out(path: Path, overwrite: bool) -> None:
@@ -206,9 +216,7 @@ def _write(path: Path, out: TextEmbeddings) -> None:
         new = Path(folder) / path.name
         if path.suffix == ".npz":
             # numpy's format has no bfloat16; float32 holds its values exactly.
-            np.savez(
-                new, **{k: v.astype(np.float32) if v.dtype.kind == "V" else v for k, v in arrays.items()}
-            )
+            np.savez(new, **{k: v.astype(np.float32) if v.dtype.kind == "V" else v for k, v in arrays.items()})
         else:
             save_file(arrays, new)
         os.replace(new, path)
@@ -240,12 +248,8 @@ def _print_info(source: str, **options: Any) -> None:
     model = info(source, **options)
     print(f"{model.family.name}: {model.family.title}")
     for name, tower in model.towers.items():
-        config = tower.config
-        print(
-            f"  {name}: {config.num_hidden_layers} layers, width {config.hidden_size}, {config.hidden_act}, "
-            f"{config.max_position_embeddings} positions"
-        )
-        print(f"    {tower.parameters:,} parameters, {', '.join(tower.dtypes)}, {tower.nbytes:,} bytes")
+        print(f"  {name}: {tower.parameters:,} parameters, {', '.join(tower.dtypes)}, {tower.nbytes:,} bytes")
+        print(f"    {', '.join(f'{key} {value}' for key, value in vars(tower.config).items())}")
     _print_tree(model.provenance, "  ")
 
 

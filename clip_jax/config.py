@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from clip_jax.errors import ConfigError
+from clip_jax.t5_config import T5EncoderConfig as T5EncoderConfig
 
 #: `hidden_act` in a transformers config. "gelu" is the exact (erf) form there, "gelu_new" the tanh form.
 ACTIVATIONS = ("quick_gelu", "gelu", "gelu_new", "gelu_pytorch_tanh")
@@ -107,15 +108,11 @@ class ClipTextConfig:
             if type(size) is not int or size < 1:
                 raise ConfigError(f"{name} must be a positive int, found {size!r}.")
         if type(self.eos_token_id) is not int or self.eos_token_id < 0:
-            raise ConfigError(
-                f"eos_token_id must be one token id (an int >= 0), found {self.eos_token_id!r}."
-            )
+            raise ConfigError(f"eos_token_id must be one token id (an int >= 0), found {self.eos_token_id!r}.")
         if not isinstance(self.layer_norm_eps, float) or not self.layer_norm_eps > 0:
             raise ConfigError(f"layer_norm_eps must be a positive float, found {self.layer_norm_eps!r}.")
         if self.hidden_act not in ACTIVATIONS:
-            raise ConfigError(
-                f"hidden_act must be one of {', '.join(ACTIVATIONS)}, found {self.hidden_act!r}."
-            )
+            raise ConfigError(f"hidden_act must be one of {', '.join(ACTIVATIONS)}, found {self.hidden_act!r}.")
         if self.hidden_size % self.num_attention_heads:
             raise ConfigError(
                 f"hidden_size must be a multiple of num_attention_heads, "
@@ -179,7 +176,7 @@ class ClipTextConfig:
         """
         if not isinstance(config, Mapping):
             raise ConfigError(f"Expected the dict of a config.json, found {type(config).__name__}.")
-        model_type = config.get("model_type", "clip_text_model")
+        model_type = config.get("model_type")
         if model_type not in ("clip_text_model", "clip"):
             raise ConfigError(
                 f"Expected the config of a CLIP text model (model_type 'clip_text_model' or 'clip'), "
@@ -204,9 +201,7 @@ class ClipTextConfig:
             )
         # An explicit null means the default, as in transformers.
         known = {k: d if text.get(k) is None else text[k] for k, d in _HF_DEFAULTS.items()}
-        projects = model_type == "clip" or "CLIPTextModelWithProjection" in (
-            config.get("architectures") or ()
-        )
+        projects = model_type == "clip" or "CLIPTextModelWithProjection" in (config.get("architectures") or ())
         if not projects:
             known["projection_dim"] = None
         if known["eos_token_id"] == _LEGACY_EOS:
@@ -225,3 +220,13 @@ class ClipTextConfig:
             "bos_token_id": _CLIP_BOS,
             **fields,
         }
+
+
+#: The architecture of any text encoder.
+TowerConfig = ClipTextConfig | T5EncoderConfig
+
+
+def config_from_hf(config: Mapping[str, Any]) -> TowerConfig:
+    """Reads the dict of a `config.json` of any text encoder; arguments and errors as in its own `from_hf`."""
+    is_t5 = isinstance(config, Mapping) and "t5" in str(config.get("model_type"))
+    return T5EncoderConfig.from_hf(config) if is_t5 else ClipTextConfig.from_hf(config)

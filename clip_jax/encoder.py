@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 from collections.abc import Mapping, Sequence
@@ -13,20 +14,25 @@ import jax.numpy as jnp
 import jax.typing
 import numpy as np
 
-from clip_jax.config import ClipTextConfig
+from clip_jax.config import ClipTextConfig, TowerConfig
 from clip_jax.embed import Params, text_embeddings
 from clip_jax.errors import ClipJaxError
-from clip_jax.families import Family
+from clip_jax.families import Family, Tower
 from clip_jax.params.cast import float_dtype
 from clip_jax.params.checkpoint import CheckpointMetadata, write_checkpoint
 from clip_jax.params.shapes import flatten, layer_groups
+from clip_jax.prompts import Prompts
 from clip_jax.structs import TextEmbeddings, Tokens
-from clip_jax.tokenizers import ClipTokenizer
+from clip_jax.tokenizers import RowTokenizer
 
 Overflow = Literal["error", "truncate"]
 
-# Batch sizes that are compiled for; above the last, its multiples.
-_BUCKETS = (1, 2, 4, 8, 16, 32)
+# Batch sizes, and lengths of ids that may be cut, that are compiled for; above the last, its multiples.
+_BATCHES = (1, 2, 4, 8, 16, 32)
+_LENGTHS = (8, 16, 32, 48, 77)
+
+# The limit of diffusers' SD 3 and FLUX pipelines (`check_inputs`).
+_MAX_SEQUENCE_LENGTH = 512
 
 
 class TextEncoder:
@@ -50,7 +56,7 @@ class TextEncoder:
         self,
         family: Family,
         params: Params,
-        tokenizers: Mapping[str, ClipTokenizer],
+        tokenizers: Mapping[str, RowTokenizer],
         *,
         dtype: jax.typing.DTypeLike = jnp.float32,
         provenance: dict[str, Any] | None = None,
@@ -62,7 +68,7 @@ class TextEncoder:
         self.provenance = provenance or {}
 
     @property
-    def config(self) -> dict[str, ClipTextConfig]:
+    def config(self) -> dict[str, TowerConfig]:
         """Tower name -> architecture."""
         return {tower.name: tower.config for tower in self.family.towers}
 
@@ -71,76 +77,122 @@ class TextEncoder:
         prompt: str | Sequence[str],
         negative_prompt: str | Sequence[str] | None = None,
         *,
+        prompt_2: str | Sequence[str] | None = None,
+        prompt_3: str | Sequence[str] | None = None,
+        negative_prompt_2: str | Sequence[str] | None = None,
+        negative_prompt_3: str | Sequence[str] | None = None,
         guidance: bool | None = None,
         clip_skip: int | None = None,
         clip_skip_negative: int | None = None,
+        max_sequence_length: int | None = None,
         overflow: Overflow = "error",
     ) -> TextEmbeddings:
         """Encodes a prompt, or a list of B, with its negatives.
 
         Args:
             prompt: One prompt or a list. "" is a prompt like any other.
-            negative_prompt: One for all prompts, or a list with one each; None is "". Ignored without
-                guidance, as in diffusers.
+            negative_prompt: One for all prompts, or a list with one each. None is "", or zeros where the family
+                has it so (`Family.zero_negative`). Ignored without guidance, as in diffusers.
+            prompt_2: For the second tower (SDXL, SD 3: bigG; FLUX: T5); None and "" stand for `prompt`.
+            prompt_3: For the third tower (SD 3: T5); None and "" stand for `prompt`.
+            negative_prompt_2: As `prompt_2`, for `negative_prompt`.
+            negative_prompt_3: As `prompt_3`, for `negative_prompt`.
             guidance: Whether the unconditional rows come first; None means the family's default.
-            clip_skip: Layers to leave out at the end, for the prompts (diffusers' meaning: 1 is penultimate).
+            clip_skip: Layers to leave out at the end, for the prompts (diffusers' meaning: 1 is one layer
+                before the one that the family takes).
             clip_skip_negative: The same for the negatives, which diffusers never skips.
+            max_sequence_length: L of T5, at most 512; None means the family's default.
             overflow: What to do with a prompt that does not fit: "error", or "truncate", which warns with the
                 text it cuts off.
 
         Returns:
-            `prompt_embeds` [2B, L, D], unconditional rows first, or [B, L, D] without guidance.
+            `prompt_embeds` [2B, L, D], unconditional rows first, or [B, L, D] without guidance; and what else
+            the family has.
 
         Raises:
             PromptTooLongError: A prompt does not fit; tells what does not.
-            ClipJaxError: Not a str, lists of different lengths, or float16 overflowed.
+            ClipJaxError: Not a str, lists of different lengths, arguments that the family does not take, or
+                float16 overflowed.
         """
-        tokens = self.tokenize(prompt, negative_prompt, guidance=guidance, overflow=overflow)
-        return self.encode(tokens, clip_skip=clip_skip, clip_skip_negative=clip_skip_negative)
+        tokens = self.tokenize(
+            prompt,
+            negative_prompt,
+            prompt_2=prompt_2,
+            prompt_3=prompt_3,
+            negative_prompt_2=negative_prompt_2,
+            negative_prompt_3=negative_prompt_3,
+            guidance=guidance,
+            max_sequence_length=max_sequence_length,
+            overflow=overflow,
+        )
+        return self.encode(
+            tokens,
+            clip_skip=clip_skip,
+            clip_skip_negative=clip_skip_negative,
+            max_sequence_length=max_sequence_length,
+        )
 
     def tokenize(
         self,
         prompt: str | Sequence[str],
         negative_prompt: str | Sequence[str] | None = None,
         *,
+        prompt_2: str | Sequence[str] | None = None,
+        prompt_3: str | Sequence[str] | None = None,
+        negative_prompt_2: str | Sequence[str] | None = None,
+        negative_prompt_3: str | Sequence[str] | None = None,
         guidance: bool | None = None,
+        max_sequence_length: int | None = None,
         overflow: Overflow = "error",
     ) -> Tokens:
         """Turns prompts into token ids, on the host: int32 [B, L] per tower. Arguments as in `__call__`."""
-        prompts, names = _as_batch(prompt, "prompt")
-        if not prompts:
+        self._check_arguments(
+            max_sequence_length,
+            prompt_2=prompt_2,
+            prompt_3=prompt_3,
+            negative_prompt_2=negative_prompt_2,
+            negative_prompt_3=negative_prompt_3,
+        )
+        guidance = self.family.guidance if guidance is None else guidance
+        zero_uncond = guidance and self.family.zero_negative and negative_prompt is None
+        prompts = _by_argument("", prompt, prompt_2, prompt_3)
+        batch = len(prompts["prompt"].texts)
+        if batch == 0:
             raise ClipJaxError("prompt is an empty list; expected at least one prompt.")
-        if not (self.family.guidance if guidance is None else guidance):
-            return Tokens(cond=self._encode_ids(prompts, names, overflow))
-        negatives, negative_names = _as_batch(
-            "" if negative_prompt is None else negative_prompt, "negative_prompt"
-        )
-        for_all = negative_prompt is None or isinstance(negative_prompt, str)
-        if not for_all and len(negatives) != len(prompts):
-            raise ClipJaxError(
-                f"negative_prompt has {len(negatives)} entries for {len(prompts)} prompts; expected one "
-                f"each, or a single str for all."
-            )
-        ids = self._encode_ids([*negatives, *prompts], [*negative_names, *names], overflow)
-        copies = len(prompts) if for_all else 1
-        return Tokens(
-            uncond={tower: rows[: len(negatives)].repeat(copies, axis=0) for tower, rows in ids.items()},
-            cond={tower: rows[len(negatives) :] for tower, rows in ids.items()},
-        )
+        if guidance and not zero_uncond:
+            negative_prompt = "" if negative_prompt is None else negative_prompt
+            prompts |= _by_argument("negative_", negative_prompt, negative_prompt_2, negative_prompt_3)
+        cond, uncond = {}, {}
+        for tower in self.family.towers:
+            arguments = [name for name in (f"negative_{tower.prompt}", tower.prompt) if name in prompts]
+            sides = [prompts[name].check(batch) for name in arguments]
+            *negative, positive = self._encode_ids(tower, sides, batch, max_sequence_length, overflow)
+            cond[tower.name] = positive
+            if negative:
+                (uncond[tower.name],) = negative
+        return Tokens(cond=cond, uncond=uncond or None, zero_uncond=zero_uncond)
 
     def encode(
-        self, tokens: Tokens, *, clip_skip: int | None = None, clip_skip_negative: int | None = None
+        self,
+        tokens: Tokens,
+        *,
+        clip_skip: int | None = None,
+        clip_skip_negative: int | None = None,
+        max_sequence_length: int | None = None,
     ) -> TextEmbeddings:
         """Runs the compiled program over token ids.
 
         The batch is padded to one of a few sizes, so that another number of prompts seldom means another
-        compilation; rows of the padding are cut off again.
+        compilation; rows of the padding are cut off again. Ids of a tower of which only the pooled row is used
+        are cut after the end of the text, at one of a few lengths: attention is causal, so that the row stays
+        the same.
 
         Raises:
             ClipJaxError: float16 overflowed.
         """
         batch = len(next(iter(tokens.cond.values())))
-        bucket = _bucket(batch)
+        bucket = _bucket(batch, _BATCHES)
+        tokens = self._without_tails(tokens)
         out = text_embeddings(
             self.params,
             tokens if bucket == batch else jax.tree.map(lambda ids: _pad_rows(ids, bucket), tokens),
@@ -149,10 +201,11 @@ class TextEncoder:
             compute_dtype=self.dtype,
             clip_skip=clip_skip,
             clip_skip_negative=clip_skip_negative,
+            max_sequence_length=max_sequence_length,
         )
         if bucket != batch:
             out = _cut_rows(out, batch)
-        if self.dtype == jnp.float16 and not jnp.isfinite(out.prompt_embeds).all():
+        if self.dtype == jnp.float16 and not all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(out)):
             raise ClipJaxError(
                 "The embeddings overflow float16: this text encoder computes values beyond 65504. "
                 "Load it with dtype='bfloat16' or 'float32'."
@@ -173,32 +226,74 @@ class TextEncoder:
                 for group in layer_groups(leaves)
             ),
             metadata=CheckpointMetadata(
-                family=self.family.name, configs=self.config, provenance=self.provenance
+                family=self.family.name,
+                configs=self.config,
+                provenance=self.provenance,
+                zero_negative=self.family.zero_negative,
             ),
             tokenizers=self.tokenizers,
             overwrite=overwrite,
         )
 
-    def _encode_ids(self, prompts: list[str], names: list[str], overflow: Overflow) -> dict[str, np.ndarray]:
-        ids = {}
-        for tower in self.family.towers:
-            tokenizer = self.tokenizers[tower.name]
+    def _check_arguments(self, max_sequence_length: int | None, **prompts: str | Sequence[str] | None) -> None:
+        taken = {tower.prompt for tower in self.family.towers}
+        for name, value in prompts.items():
+            if value is not None and name.removeprefix("negative_") not in taken:
+                raise ClipJaxError(f"{self.family.name} takes no {name}. Leave it out.")
+        if max_sequence_length is None:
+            return
+        if self.family.max_sequence_length is None:
+            raise ClipJaxError(f"{self.family.name} takes no max_sequence_length: it has no T5. Leave it out.")
+        if type(max_sequence_length) is not int or not 1 <= max_sequence_length <= _MAX_SEQUENCE_LENGTH:
+            raise ClipJaxError(
+                f"max_sequence_length must be an int from 1 to {_MAX_SEQUENCE_LENGTH}, found {max_sequence_length!r}."
+            )
+
+    def _encode_ids(
+        self,
+        tower: Tower,
+        sides: list[Prompts],
+        batch: int,
+        max_sequence_length: int | None,
+        overflow: Overflow,
+    ) -> list[np.ndarray]:
+        """Ids [B, L] of each of `sides`, tokenised as one batch; a prompt for all is encoded once."""
+        tokenizer = self.tokenizers[tower.name]
+        if isinstance(tower.config, ClipTextConfig):
             length = min(tokenizer.model_max_length, tower.config.max_position_embeddings)
-            ids[tower.name] = tokenizer.encode(prompts, max_length=length, overflow=overflow, names=names)
-        return ids
+        else:
+            length = max_sequence_length or self.family.max_sequence_length
+        ids = tokenizer.encode(
+            [text for side in sides for text in side.texts],
+            max_length=length,
+            overflow=overflow,
+            names=[name for side in sides for name in side.names],
+        )
+        ends = np.cumsum([len(side.texts) for side in sides])[:-1]
+        return [np.broadcast_to(rows, (batch, length)).copy() for rows in np.split(ids, ends)]
+
+    def _without_tails(self, tokens: Tokens) -> Tokens:
+        sides = [side for side in (tokens.uncond, tokens.cond) if side is not None]
+        for tower in self.family.towers:
+            if tower.pooled_only and isinstance(tower.config, ClipTextConfig):
+                ends = [np.argmax(side[tower.name] == tower.config.eos_token_id, axis=-1) for side in sides]
+                length = _bucket(max(int(end.max()) for end in ends) + 1, _LENGTHS)
+                sides = [{**side, tower.name: side[tower.name][:, :length]} for side in sides]
+        *uncond, cond = sides
+        return dataclasses.replace(tokens, cond=cond, uncond=uncond[0] if uncond else None)
 
 
-def _as_batch(prompt: str | Sequence[str], name: str) -> tuple[list[str], list[str]]:
-    """A list of prompts, and what to call each in an error."""
-    if isinstance(prompt, str):
-        return [prompt], [name]
-    if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
-        raise ClipJaxError(f"{name} must be a str or a list of str, found {type(prompt).__name__}.")
-    return list(prompt), [f"{name}[{i}]" for i in range(len(prompt))]
+def _by_argument(prefix: str, first: str | Sequence[str], *others: str | Sequence[str] | None) -> dict[str, Prompts]:
+    """Argument name -> prompts; others that are absent or empty are the first, as in diffusers."""
+    prompts = {f"{prefix}prompt": Prompts.of(first, f"{prefix}prompt")}
+    for i, other in enumerate(others, start=2):
+        name = f"{prefix}prompt_{i}"
+        prompts[name] = Prompts.of(other, name) if other else prompts[f"{prefix}prompt"]
+    return prompts
 
 
-def _bucket(batch: int) -> int:
-    return next((size for size in _BUCKETS if size >= batch), -(-batch // _BUCKETS[-1]) * _BUCKETS[-1])
+def _bucket(size: int, buckets: tuple[int, ...]) -> int:
+    return next((bucket for bucket in buckets if bucket >= size), -(-size // buckets[-1]) * buckets[-1])
 
 
 def _pad_rows(ids: np.ndarray | jax.Array, rows: int) -> np.ndarray:
@@ -209,7 +304,13 @@ def _pad_rows(ids: np.ndarray | jax.Array, rows: int) -> np.ndarray:
 def _cut_rows(embeddings: TextEmbeddings, batch: int) -> TextEmbeddings:
     groups = 2 if embeddings.guidance else 1
 
-    def cut(x: jax.Array) -> jax.Array:
+    def cut(x: jax.Array | None) -> jax.Array | None:
+        if x is None:
+            return None
         return x.reshape(groups, -1, *x.shape[1:])[:, :batch].reshape(-1, *x.shape[1:])
 
-    return jax.tree.map(cut, embeddings)
+    return dataclasses.replace(
+        embeddings,
+        prompt_embeds=cut(embeddings.prompt_embeds),
+        pooled_prompt_embeds=cut(embeddings.pooled_prompt_embeds),
+    )

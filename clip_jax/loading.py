@@ -6,6 +6,7 @@ import dataclasses
 import math
 import os
 import warnings
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,18 +15,20 @@ import jax.numpy as jnp
 import jax.typing
 import numpy as np
 
-from clip_jax.config import ClipTextConfig
-from clip_jax.convert.foreign import find_family, open_foreign
+from clip_jax.config import ClipTextConfig, TowerConfig
+from clip_jax.convert.detect import family_called
+from clip_jax.convert.foreign import open_foreign
 from clip_jax.convert.resolve import resolve
 from clip_jax.encoder import TextEncoder
-from clip_jax.errors import CheckpointError
+from clip_jax.errors import CheckpointError, ClipJaxError
 from clip_jax.families import FAMILIES, Family
+from clip_jax.params import cast
 from clip_jax.params import checkpoint as ckpt
-from clip_jax.params.cast import float_dtype
 from clip_jax.params.random import random_tensor
 from clip_jax.params.shapes import TensorSpec, param_shapes, unflatten
 from clip_jax.progress import byte_bar
-from clip_jax.tokenizers import ClipTokenizer
+from clip_jax.tokenizers import ClipTokenizer, RowTokenizer, read_tokenizer
+from clip_jax.tokenizers.stand_in import stand_in_t5_tokenizer
 
 Specs = dict[str, dict[str, TensorSpec]]
 
@@ -39,9 +42,8 @@ class Source(Protocol):
     def family(self) -> Family:
         """The family, around the checkpoint's own architectures."""
 
-    @property
-    def tokenizers(self) -> dict[str, ClipTokenizer]:
-        """Tower name -> tokenizer."""
+    def tokenizer(self, tower: str) -> RowTokenizer:
+        """The tokenizer of a tower."""
 
     def specs(self) -> Specs:
         """Tower name -> path -> shape and dtype as stored."""
@@ -61,15 +63,12 @@ class _Converted:
     family: Family
     metadata: ckpt.CheckpointMetadata
 
-    @property
-    def tokenizers(self) -> dict[str, ClipTokenizer]:
-        return {
-            tower.name: ClipTokenizer.from_folder(ckpt.tokenizer_folder(self.path, tower.name))
-            for tower in self.family.towers
-        }
+    def tokenizer(self, tower: str) -> RowTokenizer:
+        return read_tokenizer(self.family.tower(tower).config, ckpt.tokenizer_folder(self.path, tower))
 
     def specs(self) -> Specs:
-        return ckpt.read_specs(self.path, self.metadata.configs)
+        specs = ckpt.read_specs(self.path, self.metadata.configs)
+        return {tower.name: specs[tower.name] for tower in self.family.towers}
 
     def provenance(self) -> dict[str, Any]:
         return self.metadata.provenance
@@ -84,15 +83,15 @@ class _Random:
 
     family: Family
 
-    @property
-    def tokenizers(self) -> dict[str, ClipTokenizer]:
-        return {tower.name: ClipTokenizer.packaged(tower.pad_token) for tower in self.family.towers}
+    def tokenizer(self, tower: str) -> RowTokenizer:
+        found = self.family.tower(tower)
+        if isinstance(found.config, ClipTextConfig):
+            return ClipTokenizer.packaged(found.pad_token)
+        return stand_in_t5_tokenizer()
 
     def specs(self) -> Specs:
         return {
-            tower.name: {
-                p: TensorSpec(s, np.dtype(np.float32)) for p, s in param_shapes(tower.config).items()
-            }
+            tower.name: {p: TensorSpec(s, np.dtype(np.float32)) for p, s in param_shapes(tower.config).items()}
             for tower in self.family.towers
         }
 
@@ -108,7 +107,7 @@ class _Random:
                 leaves = {}
                 for path, spec in tree.items():
                     array = random_tensor(f"{name}/{path}", spec.shape)
-                    leaves[path] = jax.device_put(array.astype(dtype or spec.dtype))
+                    leaves[path] = jax.device_put(array.astype(cast.param_dtype(path, dtype or spec.dtype)))
                     bar.update(spec.nbytes)
                 params[name] = unflatten(leaves)
         return params
@@ -118,7 +117,7 @@ class _Random:
 class TowerInfo:
     """One text encoder of a source: its architecture, and the size of its parameters as stored."""
 
-    config: ClipTextConfig
+    config: TowerConfig
     parameters: int
     nbytes: int
     dtypes: tuple[str, ...]
@@ -139,12 +138,13 @@ def load(
     family: str | None = None,
     dtype: jax.typing.DTypeLike = jnp.float32,
     param_dtype: jax.typing.DTypeLike | None = None,
-    tokenizer: str | os.PathLike[str] | None = None,
+    without: Iterable[str] = (),
+    tokenizer: str | os.PathLike[str] | Mapping[str, str | os.PathLike[str]] | None = None,
     revision: str | None = None,
     local_files_only: bool = False,
     progress: bool | None = None,
 ) -> TextEncoder:
-    """Loads a text encoder.
+    """Loads the text encoders of a pipeline.
 
     Args:
         source: A folder written by `clip-jax convert`; a diffusers folder, or that of one text encoder; a Hub
@@ -153,7 +153,8 @@ def load(
         family: "sd15", "sd21", ...; None finds out. A wrong one is an error.
         dtype: Of the computation and of the embeddings: float32, bfloat16 or float16.
         param_dtype: Of the parameters in memory; None means `dtype`.
-        tokenizer: A tokenizer folder to use instead of the source's.
+        without: Towers to leave out: "t5" of SD 3, whose rows are zeros then.
+        tokenizer: A tokenizer folder to use instead of the source's, or tower name -> folder.
         revision: Branch, tag or commit of a Hub repo.
         local_files_only: Takes a Hub repo from the local cache, without asking the network.
         progress: Whether to show progress bars; None means on a terminal.
@@ -162,12 +163,8 @@ def load(
         CheckpointError: The source is not there, not whole, or of another model or family.
         ConfigError: Its `config.json` asks for something that cannot be honoured.
     """
-    opened = _open(source, family, revision, local_files_only, progress)
-    tokenizers = opened.tokenizers
-    if tokenizer is not None:
-        tokenizers = dict.fromkeys(tokenizers, ClipTokenizer.from_folder(Path(tokenizer)))
-    for tower in opened.family.towers:
-        _check_vocabulary(tokenizers[tower.name], tower.config.vocab_size, tower.name)
+    opened = _open(source, family, without, revision, local_files_only, progress)
+    tokenizers = _tokenizers(opened, tokenizer)
     if isinstance(opened, _Random):
         warnings.warn(
             f"{source} has random weights: the embeddings have the right shapes and no meaning.",
@@ -176,7 +173,7 @@ def load(
         )
     return TextEncoder(
         opened.family,
-        opened.read_params(float_dtype(dtype if param_dtype is None else param_dtype), progress=progress),
+        opened.read_params(cast.float_dtype(dtype if param_dtype is None else param_dtype), progress=progress),
         tokenizers,
         dtype=dtype,
         provenance=opened.provenance(),
@@ -192,7 +189,7 @@ def info(
     progress: bool | None = None,
 ) -> ModelInfo:
     """Tells what a source holds, without reading its weights. Arguments and errors as in `load`."""
-    opened = _open(source, family, revision, local_files_only, progress)
+    opened = _open(source, family, (), revision, local_files_only, progress)
     towers = {}
     for name, tree in opened.specs().items():
         towers[name] = TowerInfo(
@@ -211,35 +208,63 @@ def load_tokenizers(
     revision: str | None = None,
     local_files_only: bool = False,
     progress: bool | None = None,
-) -> dict[str, ClipTokenizer]:
+) -> dict[str, RowTokenizer]:
     """Tower name -> tokenizer of a source. Arguments and errors as in `load`."""
-    return _open(source, family, revision, local_files_only, progress).tokenizers
+    return _tokenizers(_open(source, family, (), revision, local_files_only, progress), None)
 
 
 def _open(
     source: str | os.PathLike[str],
     family: str | None,
+    without: Iterable[str],
     revision: str | None,
     local_files_only: bool,
     progress: bool | None,
 ) -> Source:
     name = os.fspath(source)
     if family is not None:
-        find_family(family)
+        family_called(family)
     if name.startswith(_RANDOM):
-        found = find_family(name.removeprefix(_RANDOM))
+        found = family_called(name.removeprefix(_RANDOM))
         _check_family(name, found.name, family)
-        return _Random(found)
+        return _Random(found.without(without))
     path = resolve(source, revision=revision, local_files_only=local_files_only, progress=progress).path
     if not ckpt.is_checkpoint(path):
-        return open_foreign(path, family=family)
+        return open_foreign(path, family=family, without=without)
     metadata = ckpt.read_metadata(path)
     _check_family(name, metadata.family, family)
     if metadata.family not in FAMILIES:
         raise CheckpointError(
             f"{path} is of family {metadata.family!r}, unknown to this clip_jax. Upgrade clip-jax-text."
         )
-    return _Converted(path, FAMILIES[metadata.family].with_configs(metadata.configs), metadata)
+    whole = dataclasses.replace(FAMILIES[metadata.family], zero_negative=metadata.zero_negative)
+    absent = {tower.name for tower in whole.towers} - metadata.configs.keys()
+    return _Converted(path, whole.without({*without, *absent}).with_configs(metadata.configs), metadata)
+
+
+def _tokenizers(
+    opened: Source, given: str | os.PathLike[str] | Mapping[str, str | os.PathLike[str]] | None
+) -> dict[str, RowTokenizer]:
+    """Tower name -> its tokenizer, or the one of the folder that was given for it."""
+    names = [tower.name for tower in opened.family.towers]
+    if given is None:
+        folders: Mapping[str, str | os.PathLike[str]] = {}
+    elif isinstance(given, Mapping):
+        folders = given
+    elif len(names) == 1:
+        folders = {names[0]: given}
+    else:
+        raise ClipJaxError(f"{opened.family.name} has the towers {', '.join(names)}; pass tokenizer={{tower: folder}}.")
+    unknown = folders.keys() - set(names)
+    if unknown:
+        raise ClipJaxError(f"tokenizer names {', '.join(sorted(unknown))}; the towers are {', '.join(names)}.")
+    tokenizers = {}
+    for tower in opened.family.towers:
+        folder = folders.get(tower.name)
+        tokenizer = opened.tokenizer(tower.name) if folder is None else read_tokenizer(tower.config, Path(folder))
+        _check_vocabulary(tokenizer, tower.config.vocab_size, tower.name)
+        tokenizers[tower.name] = tokenizer
+    return tokenizers
 
 
 def _check_family(source: str, found: str, wanted: str | None) -> None:
@@ -247,7 +272,7 @@ def _check_family(source: str, found: str, wanted: str | None) -> None:
         raise CheckpointError(f"{source} is of family {found!r}; family={wanted!r} was asked for.")
 
 
-def _check_vocabulary(tokenizer: ClipTokenizer, rows: int, tower: str) -> None:
+def _check_vocabulary(tokenizer: RowTokenizer, rows: int, tower: str) -> None:
     """Refuses ids beyond the embedding: jax would clamp them to its last row without a word."""
     if tokenizer.vocab_size > rows:
         raise CheckpointError(

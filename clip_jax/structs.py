@@ -19,11 +19,13 @@ class Tokens:
 
     Attributes:
         cond: Tower name -> int32 [B, L], the prompts.
-        uncond: Tower name -> int32 [B, L], the negative prompts; None without guidance.
+        uncond: Tower name -> int32 [B, L], the negative prompts; None where there are none to encode.
+        zero_uncond: Whether the unconditional rows are zeros, which need no encoding; `uncond` is None then.
     """
 
     cond: dict[str, np.ndarray | jax.Array]
     uncond: dict[str, np.ndarray | jax.Array] | None = None
+    zero_uncond: bool = dataclasses.field(default=False, metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass
@@ -37,11 +39,13 @@ class TextEmbeddings:
     Attributes:
         prompt_embeds: [2B, L, D] with guidance, [B, L, D] without.
         pooled_prompt_embeds: [2B, P] or [B, P]; None where the family has none.
+        text_ids: [L, 3], positions of the text in FLUX's sequence, all zeros; None for the other families.
         guidance: Whether the unconditional rows are there.
     """
 
     prompt_embeds: jax.Array
     pooled_prompt_embeds: jax.Array | None = None
+    text_ids: jax.Array | None = None
     guidance: bool = dataclasses.field(default=True, metadata={"static": True})
 
     @property
@@ -59,5 +63,6 @@ class TextEmbeddings:
         return TextEmbeddings(
             prompt_embeds=self.prompt_embeds[rows],
             pooled_prompt_embeds=None if pooled is None else pooled[rows],
+            text_ids=self.text_ids,
             guidance=False,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import jax.typing
@@ -22,6 +23,7 @@ def convert(
     *,
     family: str | None = None,
     dtype: jax.typing.DTypeLike | None = None,
+    without: Iterable[str] = (),
     overwrite: bool = False,
     revision: str | None = None,
     local_files_only: bool = False,
@@ -34,6 +36,7 @@ def convert(
         out: The folder to make. It appears whole or not at all.
         family: The family, where it cannot be told from the source.
         dtype: Of the stored params; None keeps those of the source.
+        without: Towers to leave out, such as "t5" of SD 3.
         overwrite: Whether a checkpoint already at `out` may be replaced.
         revision: Branch, tag or commit of a Hub repo.
         local_files_only: Takes a Hub repo from the local cache, without asking the network.
@@ -50,7 +53,7 @@ def convert(
     found = resolve(source, revision=revision, local_files_only=local_files_only, progress=progress)
     if is_checkpoint(found.path):
         raise CheckpointError(f"{found.path} is an Orbax folder; expected a checkpoint in a foreign layout.")
-    checkpoint = open_foreign(found.path, family=family)
+    checkpoint = open_foreign(found.path, family=family, without=without)
     provenance = {**checkpoint.provenance(), "source": found.name}
     files = [file for tower in checkpoint.towers.values() for file in tower.source.files]
     with byte_bar(sum(file.stat().st_size for file in files), "Hashing", progress) as bar:
@@ -64,8 +67,9 @@ def convert(
                 family=checkpoint.family.name,
                 configs={name: tower.config for name, tower in checkpoint.towers.items()},
                 provenance=provenance,
+                zero_negative=checkpoint.family.zero_negative,
             ),
-            tokenizers=checkpoint.tokenizers,
+            tokenizers={name: checkpoint.tokenizer(name) for name in checkpoint.towers},
             overwrite=overwrite,
         )
     return out

@@ -133,9 +133,7 @@ def _cached(repo_id: str, revision: str | None) -> Path:
 
     def find(patterns: list[str]) -> Path:
         """Fails if the client knows that the repository has a file like these which the cache lacks."""
-        return Path(
-            snapshot_download(repo_id, revision=revision, local_files_only=True, allow_patterns=patterns)
-        )
+        return Path(snapshot_download(repo_id, revision=revision, local_files_only=True, allow_patterns=patterns))
 
     folder = find([_MODEL_INDEX])
     names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
@@ -195,9 +193,7 @@ def _explain(error: BaseException, repo_id: str, revision: str | None) -> str:
     if isinstance(error, errors.HFValidationError):
         return f"{repo_id!r} is no repository id: expected owner/name. Check the spelling. ({error})"
     if isinstance(error, errors.GatedRepoError):
-        return (
-            f"{repo_id}: is gated. Accept its terms on its page on the Hub, and log in with `hf auth login`."
-        )
+        return f"{repo_id}: is gated. Accept its terms on its page on the Hub, and log in with `hf auth login`."
     if isinstance(error, errors.RevisionNotFoundError):
         return f"{repo_id}: has no revision {revision!r}. Check the branch, tag or commit."
     if isinstance(error, errors.RepositoryNotFoundError) or status in (401, 404):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import re
@@ -38,13 +39,14 @@ def resolve(
     Raises:
         CheckpointError: No such path, and not a repo that can be had.
     """
-    path = Path(source).expanduser()
+    path = Path(source)
+    with contextlib.suppress(RuntimeError):  # no such user: then it is no path either
+        path = path.expanduser()
     if path.exists():
         return Resolved(path, path.resolve().name)
     if not isinstance(source, str) or not _REPO_ID.fullmatch(source):
         raise CheckpointError(
-            f"{os.fspath(source)!r} does not exist. Expected a folder, a Hub repo id (owner/name), or "
-            f"random:FAMILY."
+            f"{os.fspath(source)!r} does not exist. Expected a folder, a Hub repo id (owner/name), or random:FAMILY."
         )
     try:
         snapshot = fetch(source, revision=revision, local_files_only=local_files_only, progress=progress)

@@ -172,9 +172,7 @@ def _map_file(path: Path) -> np.ndarray:
                 )
             return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
     except OSError as error:
-        raise CheckpointError(
-            f"{path}: cannot be read: {error.strerror}. Check path and permissions."
-        ) from error
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}. Check path and permissions.") from error
 
 
 def _split(path: Path, content: np.ndarray) -> tuple[dict[str, Any], np.ndarray]:
@@ -196,9 +194,7 @@ def _what_else(start: bytes, length: int) -> str:
     if len(start) < 9:
         return f"only {len(start)} bytes. Download or copy it again."
     if length > MAX_HEADER_BYTES:
-        return (
-            f"a header length of {length} bytes, above the limit of {MAX_HEADER_BYTES}. Get the file again."
-        )
+        return f"a header length of {length} bytes, above the limit of {MAX_HEADER_BYTES}. Get the file again."
     return f"a header that begins with {start[8:9]!r}, not with b'{{'. Get the file again."
 
 
@@ -218,8 +214,7 @@ def _tensor_info(path: Path, name: str, entry: object) -> TensorInfo:
         case _:
             raise _damaged(
                 path,
-                f"expected dtype, shape and data_offsets [begin, end] of tensor {_short(name)},"
-                f" found {_short(entry)}",
+                f"expected dtype, shape and data_offsets [begin, end] of tensor {_short(name)}, found {_short(entry)}",
             )
     numbers = (*shape, begin, end)
     if not all(type(number) is int and 0 <= number <= _MAX_NUMBER for number in numbers) or begin > end:
@@ -273,8 +268,7 @@ def _damaged(path: Path, fault: str) -> CheckpointError:
 
 def _cut_short(path: Path, expected: str, missing: int) -> CheckpointError:
     return CheckpointError(
-        f"{path}: is cut short: expected {expected}, found that {missing} bytes are missing."
-        " Download or copy it again."
+        f"{path}: is cut short: expected {expected}, found that {missing} bytes are missing. Download or copy it again."
     )
 
 

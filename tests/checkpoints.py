@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from clip_jax import FAMILIES, ClipTextConfig, TextEncoder, load
+from clip_jax import FAMILIES, ClipTextConfig, Family, T5EncoderConfig, TextEncoder, load
+from clip_jax.config import TowerConfig
+from clip_jax.families import Tower
 from clip_jax.tokenizers import ClipTokenizer
+from clip_jax.tokenizers.stand_in import stand_in_t5_tokenizer
 
 TINY = ClipTextConfig(
     hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, hidden_act="quick_gelu"
@@ -74,10 +78,48 @@ def write_text_encoder(folder: Path, config: Mapping[str, Any], state: Mapping[s
     """Writes config.json and model.safetensors."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(dict(config)))
-    save_file(
-        {name: np.ascontiguousarray(array) for name, array in state.items()}, folder / "model.safetensors"
-    )
+    save_file({name: np.ascontiguousarray(array) for name, array in state.items()}, folder / "model.safetensors")
     return folder
+
+
+def write_shards(folder: Path, config: Mapping[str, Any], state: Mapping[str, np.ndarray]) -> Path:
+    """Writes config.json, two shards and their index, as `save_pretrained(max_shard_size=...)` does."""
+    write_text_encoder(folder, config, {})
+    (folder / "model.safetensors").unlink()
+    weight_map = {name: f"model-{i % 2 + 1:05}-of-00002.safetensors" for i, name in enumerate(state)}
+    for shard in set(weight_map.values()):
+        part = {name: np.ascontiguousarray(a) for name, a in state.items() if weight_map[name] == shard}
+        save_file(part, folder / shard)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return folder
+
+
+def write_clip_model(folder: Path, config: ClipTextConfig, state: Mapping[str, np.ndarray]) -> Path:
+    """Writes a whole CLIPModel: the text model, a projection, and stubs of all that is not the text model."""
+    others = {
+        "logit_scale": np.float32(2.6592).reshape(()),
+        "text_projection.weight": np.ones((16, config.hidden_size), np.float32),
+        "visual_projection.weight": np.ones((16, 8), np.float32),
+        "text_model.embeddings.position_ids": np.arange(config.max_position_embeddings)[None],
+        "vision_model.embeddings.class_embedding": np.ones(8, np.float32),
+        "vision_model.encoder.layers.0.mlp.fc1.weight": np.ones((8, 8), np.float32),
+    }
+    whole = {
+        "model_type": "clip",
+        "architectures": ["CLIPModel"],
+        "projection_dim": 16,
+        "text_config": config.to_hf(),
+        "vision_config": {"hidden_size": 8},
+    }
+    return write_text_encoder(folder, whole, {**state, **others})
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """Path below `folder` -> sha256 of every file, "" for a folder: equal if nothing changed."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+        for path in sorted(folder.rglob("*"))
+    }
 
 
 def write_pipeline(
@@ -97,5 +139,68 @@ def write_pipeline(
         "tokenizer": ["transformers", "CLIPTokenizer"],
         "unet": ["diffusers", "UNet2DConditionModel"],
     }
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
+
+
+TINY_G = dataclasses.replace(TINY_H, num_hidden_layers=4, projection_dim=40)
+TINY_T5 = T5EncoderConfig(d_model=104, d_kv=8, d_ff=72, num_layers=3, num_heads=5)
+
+
+def t5_state(config: T5EncoderConfig, *, seed: int = 0) -> dict[str, np.ndarray]:
+    """A state dict of T5EncoderModel, as `hf_state` makes one of a CLIP text model."""
+    rng = np.random.RandomState(seed)
+    d, f, inner = config.d_model, config.d_ff, config.num_heads * config.d_kv
+
+    def matrix(rows: int, columns: int, std: float) -> np.ndarray:
+        return (rng.standard_normal((rows, columns)) * std).astype(np.float32)
+
+    def norm() -> np.ndarray:
+        return (1 + 0.2 * rng.standard_normal(d)).astype(np.float32)
+
+    state = {"shared.weight": matrix(config.vocab_size, d, 0.5)}
+    for i in range(config.num_layers):
+        attention, mlp = f"encoder.block.{i}.layer.0", f"encoder.block.{i}.layer.1"
+        state[f"{attention}.SelfAttention.q.weight"] = matrix(inner, d, (d * config.d_kv) ** -0.5)
+        state[f"{attention}.SelfAttention.k.weight"] = matrix(inner, d, d**-0.5)
+        state[f"{attention}.SelfAttention.v.weight"] = matrix(inner, d, d**-0.5)
+        state[f"{attention}.SelfAttention.o.weight"] = matrix(d, inner, inner**-0.5)
+        if i == 0:
+            name = f"{attention}.SelfAttention.relative_attention_bias.weight"
+            state[name] = matrix(config.relative_attention_num_buckets, config.num_heads, 0.5)
+        state[f"{attention}.layer_norm.weight"] = norm()
+        state[f"{mlp}.DenseReluDense.wi_0.weight"] = matrix(f, d, d**-0.5)
+        state[f"{mlp}.DenseReluDense.wi_1.weight"] = matrix(f, d, d**-0.5)
+        state[f"{mlp}.DenseReluDense.wo.weight"] = matrix(d, f, f**-0.5)
+        state[f"{mlp}.layer_norm.weight"] = norm()
+    state["encoder.final_layer_norm.weight"] = norm()
+    return state
+
+
+def tiny_config(tower: Tower) -> TowerConfig:
+    """A small architecture of the kind of a tower's."""
+    if isinstance(tower.config, T5EncoderConfig):
+        return TINY_T5
+    small = {"clip_l": TINY, "clip_h": TINY_H, "clip_g": TINY_G}[tower.name]
+    projection = None if tower.config.projection_dim is None else small.projection_dim or 24
+    return dataclasses.replace(small, projection_dim=projection)
+
+
+def write_family(folder: Path, family: Family, *, leave_out: Collection[str] = ()) -> Path:
+    """Writes the text side of a pipeline of any family, small, with other weights in every tower."""
+    index: dict[str, Any] = {"_class_name": min(family.pipelines, key=len)}
+    if family.zero_negative or family.name == "sdxl_refiner":
+        index["force_zeros_for_empty_prompt"] = family.zero_negative
+    for seed, tower in enumerate(family.towers, start=1):
+        if tower.name in leave_out:
+            index[tower.folder] = [None, None]
+            continue
+        config = tiny_config(tower)
+        is_t5 = isinstance(config, T5EncoderConfig)
+        state = t5_state(config, seed=seed) if is_t5 else hf_state(config, seed=seed)
+        write_text_encoder(folder / tower.folder, config.to_hf(), state)
+        tokenizer = stand_in_t5_tokenizer() if is_t5 else ClipTokenizer.packaged(tower.pad_token)
+        tokenizer.save(folder / tower.tokenizer_folder)
+        index[tower.folder] = ["transformers", config.to_hf()["architectures"][0]]
     (folder / "model_index.json").write_text(json.dumps(index))
     return folder

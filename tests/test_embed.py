@@ -84,11 +84,7 @@ def test_both_prompts_go_through_the_same_products(encoder, tokens):
     """Guidance doubles the rows of each matrix product, not the number of products."""
 
     def dots(tokens):
-        return (
-            text_embeddings.lower(encoder.params, tokens, family=encoder.family)
-            .as_text()
-            .count("dot_general")
-        )
+        return text_embeddings.lower(encoder.params, tokens, family=encoder.family).as_text().count("dot_general")
 
     assert dots(tokens) == dots(Tokens(cond=tokens.cond))
 
@@ -104,9 +100,7 @@ def test_a_second_call_does_not_retrace(encoder, tokens):
 
 
 def test_usable_inside_a_callers_jit(encoder, tokens):
-    inside = jax.jit(lambda params, tokens: embed_mean(params, tokens, encoder.family))(
-        encoder.params, tokens
-    )
+    inside = jax.jit(lambda params, tokens: embed_mean(params, tokens, encoder.family))(encoder.params, tokens)
     np.testing.assert_allclose(inside, embed_mean(encoder.params, tokens, encoder.family), rtol=1e-5)
 
 
@@ -120,9 +114,7 @@ def test_gradient_reaches_every_parameter_and_is_right(encoder, tokens):
     # A key bias shifts all scores of a query alike, which softmax does not see.
     flat = jax.tree_util.tree_flatten_with_path(norms)[0]
     silent = {jax.tree_util.keystr(path) for path, norm in flat if norm < 1e-7}
-    assert silent == {
-        jax.tree_util.keystr(path) for path, _ in flat if "k_proj" in str(path) and "bias" in str(path)
-    }
+    assert silent == {jax.tree_util.keystr(path) for path, _ in flat if "k_proj" in str(path) and "bias" in str(path)}
     direction = jax.tree.map(lambda g: g / 10, gradient)
     eps = 1e-2
     up = jax.tree.map(lambda p, d: p + eps * d, encoder.params, direction)
@@ -146,9 +138,7 @@ def test_clip_skip_norms_an_earlier_layer_of_the_prompts_only(encoder, tokens, s
     model = ClipTextModel(tower.config).bind({"params": encoder.params[TOWER]})
     hidden = model(jnp.asarray(tokens.cond[TOWER])).hidden_states[-1 - skip]
     np.testing.assert_allclose(out.cond.prompt_embeds, model.final_norm(hidden), atol=1e-5)
-    np.testing.assert_allclose(
-        out.uncond.prompt_embeds, embed(encoder, tokens).uncond.prompt_embeds, atol=1e-5
-    )
+    np.testing.assert_allclose(out.uncond.prompt_embeds, embed(encoder, tokens).uncond.prompt_embeds, atol=1e-5)
 
 
 def test_clip_skip_negative_is_the_same_for_the_negatives(encoder, tokens):

@@ -15,12 +15,8 @@ def test_one_prompt_gives_a_guidance_pair(encoder):
     out = encoder("a cat", negative_prompt="blurry")
     assert out.prompt_embeds.shape == (2, 77, 32)
     assert out.prompt_embeds.dtype == jnp.float32
-    np.testing.assert_allclose(
-        out.cond.prompt_embeds, encoder("a cat", guidance=False).prompt_embeds, atol=1e-5
-    )
-    np.testing.assert_allclose(
-        out.uncond.prompt_embeds, encoder("blurry", guidance=False).prompt_embeds, atol=1e-5
-    )
+    np.testing.assert_allclose(out.cond.prompt_embeds, encoder("a cat", guidance=False).prompt_embeds, atol=1e-5)
+    np.testing.assert_allclose(out.uncond.prompt_embeds, encoder("blurry", guidance=False).prompt_embeds, atol=1e-5)
 
 
 def test_no_negative_prompt_is_the_empty_prompt(encoder):

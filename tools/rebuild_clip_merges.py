@@ -43,9 +43,7 @@ def trimmed_merges(wheel: Path) -> bytes:
 def main() -> None:
     """Writes the data file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument(
-        "wheel", type=Path, nargs="?", help="wheel of open_clip_torch; downloaded if not given"
-    )
+    parser.add_argument("wheel", type=Path, nargs="?", help="wheel of open_clip_torch; downloaded if not given")
     wheel = parser.parse_args().wheel
     with tempfile.TemporaryDirectory() as folder:
         merges = trimmed_merges(wheel or download_wheel(Path(folder)))

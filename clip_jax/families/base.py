@@ -1,13 +1,18 @@
-"""What a family is: frozen data that says which towers run and how their outputs become conditioning."""
+"""What a family is: frozen data that says which towers run and how their outputs become conditioning.
+
+Letters: G guidance rows, B batch, L tokens, D width, P pooled width.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from typing import Literal
 
 import jax
 
-from clip_jax.config import ClipTextConfig
+from clip_jax.config import TowerConfig
+from clip_jax.errors import ClipJaxError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -15,28 +20,53 @@ class Tower:
     """One text encoder of a family.
 
     Attributes:
-        name: Its key in the params: "clip_l", "clip_h", ...
+        name: Its key in the params: "clip_l", "clip_h", "clip_g" or "t5".
         config: Its architecture; a checkpoint's own config takes its place when one is loaded.
         folder: Where a diffusers folder keeps its weights.
         tokenizer_folder: Where a diffusers folder keeps its tokenizer.
         pad_token: Of its tokenizer, for checkpoints that come without one.
+        prompt: Which argument it is fed; an absent one falls back to `prompt`.
         layer: The hidden state it yields, counted from the end: -1 is the last, -2 the penultimate.
-        final_norm: Whether the final LayerNorm is applied to that hidden state.
+        final_norm: Whether the final norm is applied to that hidden state.
+        pooled_only: Whether its hidden states are not used, and so its ids may be cut at the end of the text.
+        optional: Whether the family works without it.
     """
 
     name: str
-    config: ClipTextConfig
+    config: TowerConfig
     folder: str = "text_encoder"
     tokenizer_folder: str = "tokenizer"
     pad_token: str = "<|endoftext|>"
+    prompt: Literal["prompt", "prompt_2", "prompt_3"] = "prompt"
     layer: int = -1
     final_norm: bool = True
+    pooled_only: bool = False
+    optional: bool = False
 
 
-def only_tower(embeds: Mapping[str, jax.Array]) -> jax.Array:
-    """Joins nothing: the embeddings [..., L, D] of the one tower there is."""
-    (prompt_embeds,) = embeds.values()
-    return prompt_embeds
+@dataclasses.dataclass(frozen=True)
+class TowerOutput:
+    """What a tower yields, for every guidance row.
+
+    Attributes:
+        embeds: [G, B, L, D], the hidden state that the tower's `layer` names.
+        pooled: [G, B, D], the row at the end of the text after the final norm; None for T5.
+        projected: [G, B, P], `pooled` through `text_projection`; None where there is none.
+    """
+
+    embeds: jax.Array
+    pooled: jax.Array | None = None
+    projected: jax.Array | None = None
+
+
+#: `prompt_embeds` [G, B, L, D] and `pooled_prompt_embeds` [G, B, P] or None.
+Joined = tuple[jax.Array, jax.Array | None]
+
+
+def only_tower(outputs: Mapping[str, TowerOutput], max_sequence_length: int | None) -> Joined:  # noqa: ARG001
+    """Joins nothing: the embeddings of the one tower there is, not pooled."""
+    (output,) = outputs.values()
+    return output.embeds, None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,7 +79,11 @@ class Family:
         pipelines: The `_class_name`s of `model_index.json` that belong to it.
         towers: Its text encoders.
         guidance: Whether the unconditional rows are part of the batch by default.
-        join: Tower name -> [..., L, D] to the `prompt_embeds` [..., L, D] of the family; pure.
+        zero_negative: Whether no negative prompt means zeros rather than the empty prompt (diffusers'
+            `force_zeros_for_empty_prompt`).
+        max_sequence_length: How many tokens T5 is given by default; None without T5.
+        text_ids: Whether the pipeline wants `text_ids` too.
+        join: Outputs of the towers and `max_sequence_length` to the conditioning; pure.
     """
 
     name: str
@@ -57,7 +91,10 @@ class Family:
     pipelines: frozenset[str]
     towers: tuple[Tower, ...]
     guidance: bool = True
-    join: Callable[[Mapping[str, jax.Array]], jax.Array] = only_tower
+    zero_negative: bool = False
+    max_sequence_length: int | None = None
+    text_ids: bool = False
+    join: Callable[[Mapping[str, TowerOutput], int | None], Joined] = only_tower
 
     def tower(self, name: str) -> Tower:
         """The tower called `name`.
@@ -67,7 +104,23 @@ class Family:
         """
         return {tower.name: tower for tower in self.towers}[name]
 
-    def with_configs(self, configs: Mapping[str, ClipTextConfig]) -> Family:
+    def with_configs(self, configs: Mapping[str, TowerConfig]) -> Family:
         """The same family around the architectures of a given checkpoint (tower name -> config)."""
         towers = tuple(dataclasses.replace(tower, config=configs[tower.name]) for tower in self.towers)
         return dataclasses.replace(self, towers=towers)
+
+    def without(self, names: Iterable[str]) -> Family:
+        """The same family without some of its towers.
+
+        Raises:
+            ClipJaxError: It has no such tower, or does not work without it.
+        """
+        names = set(names)
+        unknown = names - {tower.name for tower in self.towers if tower.optional}
+        if unknown:
+            optional = [tower.name for tower in self.towers if tower.optional]
+            raise ClipJaxError(
+                f"{self.name} cannot do without {', '.join(sorted(unknown))}; "
+                f"it can do without {', '.join(optional) or 'none of its towers'}."
+            )
+        return dataclasses.replace(self, towers=tuple(t for t in self.towers if t.name not in names))

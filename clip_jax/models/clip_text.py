@@ -7,7 +7,8 @@ rely. It is why there is one small module per level of that tree.
 
 Differences from the reference: softmax, LayerNorm and activation are computed in float32 whatever the dtype.
 The pooled row is that of the first end-of-text token; transformers takes the highest id of the row where the
-config says `eos_token_id: 2`, which is another row once textual inversion has added ids.
+config says `eos_token_id: 2`, which is another row once textual inversion has added ids. It is computed apart
+from the other rows of the last block, so that a pipeline which wants no more of that block pays for no more.
 
 Letters: B batch, L tokens, D width, N heads, H head size, F mlp width, V vocabulary, P pooled width.
 """
@@ -53,9 +54,7 @@ class _Module(nn.Module):
 
     def dense(self, features: int, name: str | None, use_bias: bool = True) -> nn.Dense:
         init = nn.initializers.normal(0.02)
-        return nn.Dense(
-            features, use_bias, dtype=self.dtype, param_dtype=self.param_dtype, kernel_init=init, name=name
-        )
+        return nn.Dense(features, use_bias, dtype=self.dtype, param_dtype=self.param_dtype, kernel_init=init, name=name)
 
     def layer_norm(self, name: str | None) -> nn.LayerNorm:
         # The fast variance E[x^2] - E[x]^2 cancels in float32 where |mean| >> std, as in CLIP's streams.
@@ -93,18 +92,15 @@ class ClipTextEmbeddings(_Module):
 
 
 class ClipAttention(_Module):
-    """Multi-head self-attention: [B, L, D] -> [B, L, D]."""
+    """Multi-head attention of some rows [B, Q, D] to all rows [B, L, D]: -> [B, Q, D]."""
 
     @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
-        heads = (*x.shape[:-1], self.config.num_attention_heads, -1)
+    def __call__(self, rows: jax.Array, x: jax.Array, mask: jax.Array) -> jax.Array:
         q, k, v = (
-            self.dense(self.config.hidden_size, name)(x).reshape(heads)
-            for name in ("q_proj", "k_proj", "v_proj")
+            self.dense(self.config.hidden_size, name)(y).reshape(*y.shape[:-1], self.config.num_attention_heads, -1)
+            for name, y in (("q_proj", rows), ("k_proj", x), ("v_proj", x))
         )
-        return self.dense(self.config.hidden_size, "out_proj")(
-            functional.attention(q, k, v, mask).reshape(x.shape)
-        )
+        return self.dense(self.config.hidden_size, "out_proj")(functional.attention(q, k, v, mask).reshape(rows.shape))
 
 
 class ClipMlp(_Module):
@@ -118,31 +114,41 @@ class ClipMlp(_Module):
 
 
 class ClipEncoderLayer(_Module):
-    """One pre-norm transformer block."""
+    """One pre-norm transformer block: [B, L, D] -> [B, L, D], or [B, 1, D] for one row of each sequence."""
 
-    @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
-        x = x + self.child(ClipAttention, "self_attn")(self.layer_norm("layer_norm1")(x), mask)
-        return x + self.child(ClipMlp, "mlp")(self.layer_norm("layer_norm2")(x))
+    def setup(self) -> None:
+        self.layer_norm1 = self.layer_norm(None)
+        self.self_attn = ClipAttention(self.config, self.dtype, self.param_dtype)
+        self.layer_norm2 = self.layer_norm(None)
+        self.mlp = ClipMlp(self.config, self.dtype, self.param_dtype)
+
+    def __call__(self, x: jax.Array, mask: jax.Array, row: jax.Array | None = None) -> jax.Array:
+        normed = self.layer_norm1(x)
+        rows = normed
+        if row is not None:  # [B]: keys and values of all rows, the rest of the block for this one
+            x, rows, mask = (functional.take_row(y, row) for y in (x, normed, mask))
+        x = x + self.self_attn(rows, normed, mask)
+        return x + self.mlp(self.layer_norm2(x))
 
 
 class ClipLayers(_Module):
-    """The blocks, named "0", "1", ...; returns the input and the output of each."""
+    """The blocks, named "0", "1", ...; returns the input and the output of each, and one row of the last."""
 
     @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array) -> tuple[jax.Array, ...]:
+    def __call__(self, x: jax.Array, mask: jax.Array, row: jax.Array) -> tuple[tuple[jax.Array, ...], jax.Array]:
         hidden_states = [x]
         for i in range(self.config.num_hidden_layers):
-            hidden_states.append(self.child(ClipEncoderLayer, str(i))(hidden_states[-1], mask))
-        return tuple(hidden_states)
+            layer = self.child(ClipEncoderLayer, str(i))
+            hidden_states.append(layer(hidden_states[-1], mask))
+        return tuple(hidden_states), layer(hidden_states[-2], mask, row)
 
 
 class ClipEncoder(_Module):
     """Holds the blocks under the name `layers`."""
 
     @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array) -> tuple[jax.Array, ...]:
-        return self.child(ClipLayers, "layers")(x, mask)
+    def __call__(self, x: jax.Array, mask: jax.Array, row: jax.Array) -> tuple[tuple[jax.Array, ...], jax.Array]:
+        return self.child(ClipLayers, "layers")(x, mask, row)
 
 
 class ClipTextTransformer(_Module):
@@ -155,12 +161,13 @@ class ClipTextTransformer(_Module):
 
     def __call__(
         self, input_ids: jax.Array, attention_mask: jax.Array | None, position_ids: jax.Array | None
-    ) -> tuple[jax.Array, ...]:
+    ) -> tuple[tuple[jax.Array, ...], jax.Array]:
         length = input_ids.shape[-1]
         if position_ids is None:
             position_ids = jnp.arange(length)[None]
         mask = functional.causal_mask(length, attention_mask)
-        return self.encoder(self.embeddings(input_ids, position_ids), mask)
+        end = functional.first_position(input_ids, self.config.eos_token_id)
+        return self.encoder(self.embeddings(input_ids, position_ids), mask, end)
 
 
 class ClipTextModel(_Module):
@@ -203,10 +210,8 @@ class ClipTextModel(_Module):
         length, positions = input_ids.shape[-1], self.config.max_position_embeddings
         if length > positions:  # an out-of-range gather would silently repeat the last position
             raise ValueError(f"input_ids has {length} tokens per row, the model has {positions} positions.")
-        hidden_states = self.text_model(input_ids, attention_mask, position_ids)
-        last_hidden_state = self.final_norm(hidden_states[-1])
-        end = functional.first_position(input_ids, self.config.eos_token_id)
-        pooled = jnp.take_along_axis(last_hidden_state, end[:, None, None], axis=1)[:, 0]
+        hidden_states, end = self.text_model(input_ids, attention_mask, position_ids)
+        last_hidden_state, pooled = self.final_norm(hidden_states[-1]), self.final_norm(end)[:, 0]
         projected = self.text_projection(pooled) if self.config.projection_dim is not None else None
         return ClipTextOutput(hidden_states, last_hidden_state, pooled, projected)
 

@@ -5,8 +5,11 @@ Letters: B batch, L tokens, N heads, H head size.
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def activation(x: jax.Array, name: str) -> jax.Array:
@@ -47,11 +50,82 @@ def attention(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Arra
     Masked scores are the lowest finite value rather than -inf, as in transformers' eager attention: a query
     with nothing to look at gets the mean of all values instead of NaN.
     """
-    scores = jnp.einsum("bqnh,bknh->bnqk", query, key, preferred_element_type=jnp.float32)
-    scores = scores * query.shape[-1] ** -0.5
+    scores = _scores(query, key) * query.shape[-1] ** -0.5
     scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
+    return _weighted_sum(scores, value)
+
+
+def biased_attention(
+    query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array, attention_mask: jax.Array | None
+) -> jax.Array:
+    """T5's attention over [B, L, N, H]: a bias is added to the scores, not scaled; softmax in float32.
+
+    `bias` is [1, N, L, L] in float32. `attention_mask` is [B, L], nonzero for tokens that may be attended to;
+    None means all. It masks as in `attention`.
+    """
+    scores = _scores(query, key) + bias
+    if attention_mask is not None:
+        keys = (attention_mask != 0)[:, None, None, :]
+        scores = jnp.where(keys, scores, jnp.finfo(jnp.float32).min)
+    return _weighted_sum(scores, value)
+
+
+def _scores(query: jax.Array, key: jax.Array) -> jax.Array:
+    return jnp.einsum("bqnh,bknh->bnqk", query, key, preferred_element_type=jnp.float32)
+
+
+def _weighted_sum(scores: jax.Array, value: jax.Array) -> jax.Array:
     weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
     return jnp.einsum("bnqk,bknh->bqnh", weights, value)
+
+
+def relative_position_buckets(relative: np.ndarray, num_buckets: int, max_distance: int) -> np.ndarray:
+    """T5's bucket of each relative position, key less query (transformers `_relative_position_bucket`).
+
+    Half of the buckets are for keys after the query. Of each half, half hold one distance each, and the rest
+    ever wider ranges of them up to `max_distance`, whose bucket also takes whatever is farther.
+
+    Args:
+        relative: Int array of any shape, on the host: it follows from L alone.
+        num_buckets: Of both directions, 4 or more.
+        max_distance: More than `num_buckets // 4`.
+    """
+    half = num_buckets // 2
+    exact = half // 2
+    distance = np.abs(relative)
+    log_range = np.log(np.maximum(distance, exact) / exact) / math.log(max_distance / exact)
+    # The margin keeps whole numbers, such as that of distance 64, from rounding down on some machine.
+    far = exact + np.floor(log_range * (half - exact) + 1e-6).astype(int)
+    bucket = np.where(distance < exact, distance, np.minimum(far, half - 1))
+    return bucket + np.where(relative > 0, half, 0)
+
+
+def rms_norm(x: jax.Array, weight: jax.Array, epsilon: float) -> jax.Array:
+    """Divides by the root mean square over the last axis, in float32, then scales in the dtype of `weight`.
+
+    The dtype of `weight` is that of the result, whatever that of `x` (transformers `T5LayerNorm`).
+    """
+    x32 = x.astype(jnp.float32)
+    normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + epsilon)
+    return weight * normed.astype(weight.dtype)
+
+
+def clamp_float16(x: jax.Array) -> jax.Array:
+    """Keeps float16 finite: if there is an infinity, clips all to 1000 less than the range (`T5Block`).
+
+    Other dtypes are returned as they are.
+    """
+    if x.dtype != jnp.float16:
+        return x
+    largest = jnp.finfo(jnp.float16).max
+    limit = jnp.where(jnp.isinf(x).any(), largest - 1000, largest)
+    return jnp.clip(x, -limit, limit)
+
+
+def take_row(x: jax.Array, row: jax.Array) -> jax.Array:
+    """Row `row[b]` of the last axis but one: [B or 1, ..., L, X] and [B] -> [B, ..., 1, X]."""
+    x = jnp.broadcast_to(x, (row.shape[0], *x.shape[1:]))
+    return jnp.take_along_axis(x, row.reshape(-1, *[1] * (x.ndim - 1)), axis=-2)
 
 
 def first_position(input_ids: jax.Array, token_id: int) -> jax.Array:

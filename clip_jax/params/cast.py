@@ -22,6 +22,15 @@ def float_dtype(dtype: jax.typing.DTypeLike) -> np.dtype:
     return np.dtype(jax.numpy.dtype(name))
 
 
+def param_dtype(path: str, dtype: np.dtype) -> np.dtype:
+    """The dtype that a parameter is kept in when a tower is wanted in `dtype`.
+
+    T5's `wo` stays float32 in float16, as in transformers (`T5PreTrainedModel._keep_in_fp32_modules`).
+    """
+    keep = dtype == np.float16 and path.endswith("/DenseReluDense/wo/kernel")
+    return np.dtype(np.float32) if keep else dtype
+
+
 def cast(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
     """Casts a parameter on the host.
 

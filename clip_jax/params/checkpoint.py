@@ -23,9 +23,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from clip_jax.config import ClipTextConfig
+from clip_jax.config import TowerConfig, config_from_hf
 from clip_jax.errors import CheckpointError
-from clip_jax.params.cast import check_range
+from clip_jax.params.cast import check_range, param_dtype
 from clip_jax.params.shapes import (
     TensorSpec,
     check_shapes,
@@ -58,11 +58,13 @@ class CheckpointMetadata:
         configs: Tower name -> architecture.
         provenance: Where the weights come from: source files with sha256, format, dtypes, ignored keys,
             versions of the libraries that wrote it. JSON.
+        zero_negative: Whether no negative prompt means zeros (`Family.zero_negative`).
     """
 
     family: str
-    configs: dict[str, ClipTextConfig]
+    configs: dict[str, TowerConfig]
     provenance: dict[str, Any]
+    zero_negative: bool = False
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -89,7 +91,7 @@ def write_checkpoint(
         overwrite: Whether an existing checkpoint may be replaced; it is kept until the new one is whole.
 
     Raises:
-        CheckpointError: `out` exists, or holds something else than a checkpoint.
+        CheckpointError: `out` exists, holds something else than a checkpoint, or cannot be written.
     """
     from orbax.checkpoint import v1 as ocp
 
@@ -97,6 +99,7 @@ def write_checkpoint(
         "format": _FORMAT,
         "format_version": _FORMAT_VERSION,
         "family": metadata.family,
+        "zero_negative": metadata.zero_negative,
         "towers": {name: {"config": config.to_hf()} for name, config in metadata.configs.items()},
         "provenance": {**metadata.provenance, "written_by": versions()},
     }
@@ -104,15 +107,30 @@ def write_checkpoint(
         custom_metadata: dict[str, Any] | None = stored
         for part in parts:
             tree = {tower: unflatten(leaves) for tower, leaves in part.items()}
-            ocp.partial.save(folder, tree, custom_metadata=custom_metadata)
+            with _write_errors(out):
+                ocp.partial.save(folder, tree, custom_metadata=custom_metadata)
             custom_metadata = None
-        ocp.partial.finalize(folder)
-        for name, tokenizer in tokenizers.items():
-            tokenizer_folder(folder, name).mkdir(parents=True)
-            tokenizer.save(tokenizer_folder(folder, name))
-        # Without the files at the top: they are small, and Orbax's own.
-        sizes = {str(p.relative_to(folder)): p.stat().st_size for p in folder.rglob("*/*") if p.is_file()}
-        (folder / _FILES).write_text(json.dumps(sizes, indent=1))
+        with _write_errors(out):
+            ocp.partial.finalize(folder)
+            # Only its presence counts; Orbax writes the folder's place on this machine into it.
+            (folder / "commit_success.txt").write_text("Checkpoint commit was successful\n")
+            for name, tokenizer in tokenizers.items():
+                tokenizer_folder(folder, name).mkdir(parents=True)
+                tokenizer.save(tokenizer_folder(folder, name))
+            # Without the files at the top: they are small, and Orbax's own.
+            sizes = {str(p.relative_to(folder)): p.stat().st_size for p in folder.rglob("*/*") if p.is_file()}
+            (folder / _FILES).write_text(json.dumps(sizes, indent=1))
+
+
+@contextlib.contextmanager
+def _write_errors(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # Orbax and tokenizers have no common base class for what a full disk raises
+        reason = str(error).rpartition('": ')[2].partition("\n")[0]  # without TensorStore's chain of paths
+        raise CheckpointError(
+            f"{out} cannot be written: {reason}. Make room on the disk, or choose another place."
+        ) from error
 
 
 def read_metadata(path: Path) -> CheckpointMetadata:
@@ -140,8 +158,13 @@ def read_metadata(path: Path) -> CheckpointMetadata:
                 f"{_FORMAT_VERSION}. Upgrade clip-jax-text."
             )
         _check_files(path)
-        configs = {name: ClipTextConfig.from_hf(tower["config"]) for name, tower in stored["towers"].items()}
-        return CheckpointMetadata(family=stored["family"], configs=configs, provenance=stored["provenance"])
+        configs = {name: config_from_hf(tower["config"]) for name, tower in stored["towers"].items()}
+        return CheckpointMetadata(
+            family=stored["family"],
+            configs=configs,
+            provenance=stored["provenance"],
+            zero_negative=stored["zero_negative"],
+        )
     except (OSError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{path}: its metadata cannot be read ({type(error).__name__}: {error}). Convert again."
@@ -157,9 +180,7 @@ def _check_files(path: Path) -> None:
             faults.append(f"{name} {'is missing' if found is None else f'has {found} of {size} bytes'}")
     if faults:
         raise CheckpointError(
-            f"{path} is not whole. "
-            + " ".join(list_faults("damaged", faults))
-            + " Copy it again, or convert again."
+            f"{path} is not whole. " + " ".join(list_faults("damaged", faults)) + " Copy it again, or convert again."
         )
 
 
@@ -168,7 +189,7 @@ def tokenizer_folder(path: Path, tower: str) -> Path:
     return path / "tokenizers" / tower
 
 
-def read_specs(path: Path, configs: Mapping[str, ClipTextConfig]) -> dict[str, dict[str, TensorSpec]]:
+def read_specs(path: Path, configs: Mapping[str, TowerConfig]) -> dict[str, dict[str, TensorSpec]]:
     """Tower name -> path -> shape and dtype of the stored parameters, compared with the architecture.
 
     Raises:
@@ -188,9 +209,7 @@ def read_specs(path: Path, configs: Mapping[str, ClipTextConfig]) -> dict[str, d
         for tower, tree in stored.items()
     }
     if sorted(specs) != sorted(configs):
-        raise CheckpointError(
-            f"{path} holds the towers {sorted(specs)}, its metadata says {sorted(configs)}."
-        )
+        raise CheckpointError(f"{path} holds the towers {sorted(specs)}, its metadata says {sorted(configs)}.")
     for tower, config in configs.items():
         found = {p: spec.shape for p, spec in specs[tower].items()}
         check_shapes(param_shapes(config), found, f"Tower {tower} of {path}")
@@ -247,7 +266,7 @@ def _read_group(
     abstract: dict[str, dict[str, Any]] = {}
     for (tower, p), spec in flat.items():
         abstract.setdefault(tower, {})[p] = (
-            jax.ShapeDtypeStruct(spec.shape, dtype or spec.dtype, sharding=sharding)
+            jax.ShapeDtypeStruct(spec.shape, spec.dtype if dtype is None else param_dtype(p, dtype), sharding=sharding)
             if (tower, p) in wanted
             else ocp.PLACEHOLDER
         )

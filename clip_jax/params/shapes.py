@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from clip_jax.config import ClipTextConfig
+from clip_jax.config import TowerConfig
 from clip_jax.errors import CheckpointError
-from clip_jax.models import ClipTextModel
+from clip_jax.models import model_of
 
 #: "text_model/encoder/layers/0/mlp/fc1/kernel" -> its shape.
 Shapes = Mapping[str, tuple[int, ...]]
@@ -35,9 +35,9 @@ class TensorSpec:
 
 
 @functools.cache
-def param_shapes(config: ClipTextConfig) -> Shapes:
+def param_shapes(config: TowerConfig) -> Shapes:
     """Path -> shape of every parameter of a tower; nothing is allocated."""
-    variables = jax.eval_shape(ClipTextModel(config).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
+    variables = jax.eval_shape(model_of(config).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
     return {path: leaf.shape for path, leaf in flatten(variables["params"]).items()}
 
 
@@ -55,7 +55,7 @@ def layer_groups(paths: Iterable[str]) -> list[list[str]]:
     """Splits the parameters of a tower into one group per block, and one for what is outside the blocks."""
     groups: dict[str, list[str]] = {}
     for path in paths:
-        head, found, tail = path.partition("/layers/")
+        head, found, tail = path.partition("/layers/" if "/layers/" in path else "/block/")
         groups.setdefault(f"{head}{found}{tail.split('/')[0]}" if found else "", []).append(path)
     return list(groups.values())
 

@@ -7,6 +7,7 @@ import fcntl
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -40,9 +41,14 @@ def staged_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
             if out.exists():
                 out.rename(stage / "old")
             (stage / "new").rename(out)
-        finally:
+        except BaseException:
             if not out.exists() and (stage / "old").exists():
                 (stage / "old").rename(out)
+            for _ in range(10):  # threads of Orbax may still write, and make anew what is removed under them
+                shutil.rmtree(stage, ignore_errors=True)
+                time.sleep(0.02)
+            raise
+        finally:
             shutil.rmtree(stage, ignore_errors=True)
 
 
@@ -67,7 +73,8 @@ def check_free(out: Path, overwrite: bool) -> None:
 def _recover(out: Path, prefix: str) -> None:
     """Clears the staging folders of killed processes; puts `out` back if one had moved it out of the way."""
     for stage in out.parent.glob(f"{prefix}*"):
-        with contextlib.suppress(OSError), open(stage / "lock") as lock:
+        # "a": a stage whose lock is gone was being removed when its process ended.
+        with contextlib.suppress(OSError), open(stage / "lock", "a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # held for as long as its process lives
             if not out.exists() and (stage / "old").exists():
                 (stage / "old").rename(out)

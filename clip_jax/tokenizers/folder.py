@@ -4,7 +4,6 @@ Source of the rules: transformers 5.23 tokenization_utils_base.py, `PreTrainedTo
 and tokenization_utils_tokenizers.py, `TokenizersBackend.convert_to_native_format`.
 """
 
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,10 @@ from typing import Any
 from tokenizers import AddedToken
 
 from clip_jax.errors import CheckpointError
+from clip_jax.tokenizers.files import model_max_length, read_json, read_optional_json, read_text, token_content
 from clip_jax.tokenizers.pipeline import BOS, END_OF_WORD, EOS, MAX_LENGTH, Recipe
 
 _DEFAULT_SPECIAL = {"bos_token": BOS, "eos_token": EOS, "unk_token": EOS, "pad_token": EOS}
-_NO_LIMIT = 10**20  # transformers writes int(1e30) for "no maximum"
 _WANTED = "Expected vocab.json and merges.txt, or tokenizer.json, of a CLIP tokenizer"
 
 
@@ -36,7 +35,7 @@ def read_folder(folder: Path) -> Recipe:
             "the CLIP tokenizer (usually tokenizer/ or tokenizer_2/)."
         )
     whole_path = folder / "tokenizer.json"
-    whole = _read_json(whole_path) if whole_path.exists() else None
+    whole = read_json(whole_path) if whole_path.exists() else None
     if whole is not None:
         vocab, merges = _bpe_of_tokenizer_json(whole, whole_path)
     else:
@@ -48,7 +47,7 @@ def read_folder(folder: Path) -> Recipe:
         )
 
     config_path = folder / "tokenizer_config.json"
-    settings = _read_optional_json(config_path)
+    settings = read_optional_json(config_path)
     if "added_tokens_decoder" in settings:
         declared = settings["added_tokens_decoder"]
         added = {int(index): _added_token(token, config_path) for index, token in declared.items()}
@@ -56,20 +55,16 @@ def read_folder(folder: Path) -> Recipe:
     else:
         map_path = folder / "special_tokens_map.json"
         settings |= {
-            name: {**token, "special": True}
-            if name in _DEFAULT_SPECIAL and isinstance(token, dict)
-            else token
-            for name, token in _read_optional_json(map_path).items()
+            name: {**token, "special": True} if name in _DEFAULT_SPECIAL and isinstance(token, dict) else token
+            for name, token in read_optional_json(map_path).items()
         }
         extra = _extra_special(settings, map_path)
-        names = {_content(settings.get(name)) for name in _DEFAULT_SPECIAL} | {str(token) for token in extra}
+        names = {token_content(settings.get(name)) for name in _DEFAULT_SPECIAL} | {str(token) for token in extra}
         added = {
             index: AddedToken(token, normalized=token not in names, special=token in names)
-            for token, index in _read_optional_json(folder / "added_tokens.json").items()
+            for token, index in read_optional_json(folder / "added_tokens.json").items()
         }
-        added |= {
-            token["id"]: _added_token(token, whole_path) for token in (whole or {}).get("added_tokens", [])
-        }
+        added |= {token["id"]: _added_token(token, whole_path) for token in (whole or {}).get("added_tokens", [])}
 
     return Recipe(
         source=str(folder),
@@ -78,7 +73,7 @@ def read_folder(folder: Path) -> Recipe:
         special={name: _special_token(name, settings, folder) for name in _DEFAULT_SPECIAL},
         added=added,
         extra_special=extra,
-        model_max_length=_model_max_length(settings, config_path),
+        model_max_length=model_max_length(settings, config_path, MAX_LENGTH),
     )
 
 
@@ -97,16 +92,14 @@ def _bpe_of_tokenizer_json(whole: dict[str, Any], path: Path) -> tuple[dict[str,
 def _read_vocab_and_merges(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
     missing = [name for name in ("vocab.json", "merges.txt") if not (folder / name).exists()]
     if missing:
-        found = (
-            ", ".join(sorted(path.name for path in folder.iterdir())) if folder.is_dir() else "no such folder"
-        )
+        found = ", ".join(sorted(path.name for path in folder.iterdir())) if folder.is_dir() else "no such folder"
         raise CheckpointError(
             f"No tokenizer in {folder}: {' and '.join(missing)} missing, and no tokenizer.json. {_WANTED}; "
             f"found: {found or 'an empty folder'}. Pass the tokenizer folder, or use the packaged vocabulary."
         )
     path = folder / "merges.txt"
-    lines = [line for line in _read_text(path).splitlines() if line and not line.startswith("#version")]
-    return _read_json(folder / "vocab.json"), _pairs(lines, path)
+    lines = [line for line in read_text(path).splitlines() if line and not line.startswith("#version")]
+    return read_json(folder / "vocab.json"), _pairs(lines, path)
 
 
 def _pairs(merges: Iterable[str | Sequence[str]], path: Path) -> list[tuple[str, str]]:
@@ -114,9 +107,7 @@ def _pairs(merges: Iterable[str | Sequence[str]], path: Path) -> list[tuple[str,
     try:
         return [(left, right) for left, right in split]
     except ValueError as error:
-        raise CheckpointError(
-            f"{path}: each merge must have two symbols ({error}); fetch the file again."
-        ) from error
+        raise CheckpointError(f"{path}: each merge must have two symbols ({error}); fetch the file again.") from error
 
 
 def _special_token(name: str, settings: dict[str, Any], folder: Path) -> str | AddedToken:
@@ -136,10 +127,6 @@ def _extra_special(settings: dict[str, Any], path: Path) -> list[str | AddedToke
     return [token if isinstance(token, str) else _added_token(token, path) for token in values]
 
 
-def _content(token: str | dict[str, Any] | None) -> str | None:
-    return token.get("content") if isinstance(token, dict) else token
-
-
 def _added_token(token: Any, path: Path) -> AddedToken:
     if not isinstance(token, dict) or not isinstance(token.get("content"), str):
         raise CheckpointError(
@@ -147,40 +134,3 @@ def _added_token(token: Any, path: Path) -> AddedToken:
         )
     flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
     return AddedToken(token["content"], **{flag: token[flag] for flag in flags if flag in token})
-
-
-def _model_max_length(settings: dict[str, Any], path: Path) -> int:
-    length = settings.get("model_max_length", settings.get("max_len"))
-    if length is None or (isinstance(length, (int, float)) and length >= _NO_LIMIT):
-        return MAX_LENGTH
-    if not isinstance(length, int) or length < 2:
-        raise CheckpointError(
-            f"{path}: model_max_length must be a whole number of 2 or more, found {length!r}."
-        )
-    return length
-
-
-def _read_optional_json(path: Path) -> dict[str, Any]:
-    return _read_json(path) if path.exists() else {}
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(_read_text(path))
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{path} is not valid JSON ({error}); fetch the file again.") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, found a {type(value).__name__}.")
-    return value
-
-
-def _read_text(path: Path) -> str:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise CheckpointError(f"{path}: expected UTF-8 text, found {error}; fetch the file again.") from error
-    if text.startswith("version https://git-lfs"):
-        raise CheckpointError(
-            f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull`, or download the file."
-        )
-    return text

@@ -111,9 +111,7 @@ class HubServer:
                 hub.cuts[path] -= cut
                 self.answer(206 if begin else 200, content[begin:], cut=cut, **headers)
 
-            def answer(
-                self, status: int, content: bytes = b"", code: str = "", cut: bool = False, **headers: str
-            ):
+            def answer(self, status: int, content: bytes = b"", code: str = "", cut: bool = False, **headers: str):
                 self.send_response(status)
                 for key, value in headers.items():
                     self.send_header(key, value)

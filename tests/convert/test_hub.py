@@ -79,9 +79,7 @@ def pipe(hub):
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()
-    }
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_takes_what_is_needed_and_nothing_else(pipe):
@@ -228,18 +226,14 @@ def test_the_hub_does_not_answer(hub, monkeypatch):
         port = silent.getsockname()[1]
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{port}")
 
-        with pytest.raises(
-            CheckpointError, match=r"owner/pipe: the Hub cannot be reached. .*\(ReadTimeout: "
-        ):
+        with pytest.raises(CheckpointError, match=r"owner/pipe: the Hub cannot be reached. .*\(ReadTimeout: "):
             fetch(REPO)
 
 
 def test_the_hub_is_broken(pipe):
     pipe.status = 503
 
-    with pytest.raises(
-        CheckpointError, match=r"owner/pipe: the Hub answered with HTTP status 503. Try again"
-    ):
+    with pytest.raises(CheckpointError, match=r"owner/pipe: the Hub answered with HTTP status 503. Try again"):
         fetch(REPO)
 
 
@@ -277,9 +271,7 @@ def test_repos_without_a_text_encoder_to_read(hub, files, message):
 def test_shards_that_the_repo_lacks(pipe):
     del pipe.repos[REPO]["main"][SHARDS[1]]
 
-    with pytest.raises(
-        CheckpointError, match=f"owner/pipe: expected 2 shards, .* 1 are missing: {SHARDS[1]}"
-    ):
+    with pytest.raises(CheckpointError, match=f"owner/pipe: expected 2 shards, .* 1 are missing: {SHARDS[1]}"):
         fetch(REPO)
 
 
@@ -300,16 +292,12 @@ def test_an_interrupted_download_is_resumed(pipe, monkeypatch):
     assert pipe.downloads().count("text_encoder/model.safetensors") == 2
 
 
-@pytest.mark.parametrize(
-    "path", ["text_encoder/model.safetensors", SHARDS[1], "tokenizer/special_tokens_map.json"]
-)
+@pytest.mark.parametrize("path", ["text_encoder/model.safetensors", SHARDS[1], "tokenizer/special_tokens_map.json"])
 def test_a_download_that_breaks_off_leaves_nothing_wrong(pipe, monkeypatch, path):
     monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda seconds: None)
     pipe.cuts[path] = 99
 
-    with pytest.raises(
-        CheckpointError, match=r"owner/pipe: the Hub cannot be reached. .*RemoteProtocolError"
-    ):
+    with pytest.raises(CheckpointError, match=r"owner/pipe: the Hub cannot be reached. .*RemoteProtocolError"):
         fetch(REPO)
     with pytest.raises(CheckpointError, match="owner/pipe"):
         fetch(REPO, local_files_only=True)

@@ -92,9 +92,7 @@ def test_shards_are_one_source(tmp_path):
     assert source.files == (tmp_path / "model-1.safetensors", tmp_path / "model-2.safetensors")
     assert {name: float(source.read(name)[0]) for name in source.tensors} == {"a": 1, "b": 2, "c": 3}
     assert source.tensors["c"].file == tmp_path / "model-2.safetensors"
-    with pytest.raises(
-        CheckpointError, match=r"model-1.safetensors, .*model-2.safetensors: expected a tensor 'd'"
-    ):
+    with pytest.raises(CheckpointError, match=r"model-1.safetensors, .*model-2.safetensors: expected a tensor 'd'"):
         source.read("d")
 
 
@@ -102,9 +100,7 @@ def test_all_missing_shards_are_named(tmp_path):
     save(tmp_path / "model-2.safetensors", b=1)
     save_index(tmp_path, {name: f"model-{i}.safetensors" for i, name in enumerate("abc", 1)})
 
-    with pytest.raises(
-        CheckpointError, match=r"3 shards .* 2 are missing: model-1.safetensors, model-3.safetensors"
-    ):
+    with pytest.raises(CheckpointError, match=r"3 shards .* 2 are missing: model-1.safetensors, model-3.safetensors"):
         open_folder(tmp_path)
 
 

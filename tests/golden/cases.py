@@ -15,3 +15,19 @@ CASES = {
 
 #: Rows and columns of [B, 77, D] that are kept.
 SLICE = (slice(None), slice(0, 77, 6), slice(0, None, 3))
+
+#: How every family is called; those that do not take an argument are called without it.
+FAMILY_CALL = {
+    "prompt": ["a cat sitting on a windowsill!", "two dogs, 35mm"],
+    "negative_prompt": ["blurry!", ""],
+    "prompt_2": ["a cat", "in the style of a woodcut"],
+    "prompt_3": ["a third prompt", "for T5"],
+    "guidance": True,
+    "max_sequence_length": 64,
+}
+
+#: Rows and columns of each field that are kept.
+FAMILY_SLICE = {
+    "prompt_embeds": (slice(None), slice(0, None, 12), slice(0, None, 5)),
+    "pooled_prompt_embeds": (slice(None), slice(None)),
+}

@@ -67,8 +67,7 @@ def main() -> None:
     """Writes the golden file."""
     vocab, merges = packaged_vocabulary()
     plain, pad_0 = (
-        transformers.CLIPTokenizer(vocab=vocab, merges=merges, pad_token=pad)
-        for pad in ("<|endoftext|>", "!")
+        transformers.CLIPTokenizer(vocab=vocab, merges=merges, pad_token=pad) for pad in ("<|endoftext|>", "!")
     )
     cases = []
     for text in [*HARD, *random_texts(NUM_RANDOM)]:

@@ -52,9 +52,7 @@ def test_another_case_is_told_apart(case, golden):
     """Negative control: the tolerance is far below what a wrong activation makes of the numbers."""
     name, encoder = case
     config = encoder.config["clip_l"]
-    wrong = dataclasses.replace(
-        config, hidden_act="gelu" if config.hidden_act == "quick_gelu" else "gelu_new"
-    )
+    wrong = dataclasses.replace(config, hidden_act="gelu" if config.hidden_act == "quick_gelu" else "gelu_new")
     out = ClipTextModel(wrong).apply({"params": encoder.params["clip_l"]}, jnp.asarray(golden[f"{name}/ids"]))
     error = np.abs(np.asarray(out.last_hidden_state)[SLICE] - golden[f"{name}/last_hidden_state"]).max()
     assert error > 2 * TOLERANCE

@@ -123,9 +123,7 @@ def test_metadata_that_is_damaged_is_refused(copy):
     (copy / "_CHECKPOINT_METADATA").write_text("{")
     with pytest.raises(CheckpointError, match="metadata cannot be read"):
         clip_jax.load(copy)
-    (copy / "_CHECKPOINT_METADATA").write_text(
-        '{"custom_metadata": {"format": "clip_jax", "format_version": 1}}'
-    )
+    (copy / "_CHECKPOINT_METADATA").write_text('{"custom_metadata": {"format": "clip_jax", "format_version": 1}}')
     with pytest.raises(CheckpointError, match="metadata cannot be read"):
         clip_jax.load(copy)
 
@@ -152,9 +150,7 @@ def test_a_file_that_is_missing_or_cut_short_is_an_error(copy):
     with pytest.raises(CheckpointError, match=rf"{data.name} is missing\. Copy it again"):
         clip_jax.load(copy)
     shutil.rmtree(copy / "tokenizers")
-    with pytest.raises(
-        CheckpointError, match=r"damaged \(3\): .*tokenizers/clip_l/tokenizer.json is missing"
-    ):
+    with pytest.raises(CheckpointError, match=r"damaged \(3\): .*tokenizers/clip_l/tokenizer.json is missing"):
         clip_jax.load(copy)
 
 
@@ -180,9 +176,7 @@ def test_float16_overflow_on_load_names_the_parameter(encoder, tmp_path):
     params = jax.tree.map(lambda x: x, encoder.params)
     params["clip_l"]["text_model"]["final_layer_norm"]["bias"] = jnp.full(32, 1e6)
     clip_jax.TextEncoder(encoder.family, params, encoder.tokenizers).save(tmp_path / "large")
-    with pytest.raises(
-        CheckpointError, match="clip_l/text_model/final_layer_norm/bias holds values up to .*float16"
-    ):
+    with pytest.raises(CheckpointError, match="clip_l/text_model/final_layer_norm/bias holds values up to .*float16"):
         clip_jax.load(tmp_path / "large", dtype="float16")
 
 

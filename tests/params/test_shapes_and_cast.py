@@ -47,13 +47,9 @@ def test_other_dtypes_are_refused(dtype):
 
 def test_float16_overflow_names_the_tensor_and_the_value():
     array = np.array([1.0, -70000.0], np.float32)
-    with pytest.raises(
-        CheckpointError, match=r"fc1 holds values up to 70000, float16 ends at 65504. Use bfloat16"
-    ):
+    with pytest.raises(CheckpointError, match=r"fc1 holds values up to 70000, float16 ends at 65504. Use bfloat16"):
         cast(array, np.dtype(np.float16), "fc1")
-    np.testing.assert_array_equal(
-        cast(array / 2, np.dtype(np.float16), "fc1"), (array / 2).astype(np.float16)
-    )
+    np.testing.assert_array_equal(cast(array / 2, np.dtype(np.float16), "fc1"), (array / 2).astype(np.float16))
     assert np.isfinite(cast(array, np.dtype(jnp.bfloat16), "fc1").astype(np.float32)).all()
 
 

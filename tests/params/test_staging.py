@@ -46,9 +46,7 @@ def test_what_is_no_checkpoint_is_never_overwritten(tmp_path):
     (tmp_path / "thesis" / "chapter1.tex").write_text("years of work")
     (tmp_path / "file").write_text("text")
     for name in ("thesis", "file"):
-        with pytest.raises(
-            CheckpointError, match="not a checkpoint written by clip_jax, so it is not overwritten"
-        ):
+        with pytest.raises(CheckpointError, match="not a checkpoint written by clip_jax, so it is not overwritten"):
             write(tmp_path / name, overwrite=True)
     assert (tmp_path / "thesis" / "chapter1.tex").read_text() == "years of work"
 

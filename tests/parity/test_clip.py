@@ -22,11 +22,7 @@ EOS = 49407
 
 def torch_model(config):
     """Transformers' model of an architecture, with its own random weights."""
-    cls = (
-        transformers.CLIPTextModel
-        if config.projection_dim is None
-        else transformers.CLIPTextModelWithProjection
-    )
+    cls = transformers.CLIPTextModel if config.projection_dim is None else transformers.CLIPTextModelWithProjection
     model = cls(transformers.CLIPTextConfig(**config.to_hf()))
     model.set_attn_implementation("eager")
     return model.eval()
@@ -37,9 +33,7 @@ def reference(config, state):
     model = torch_model(config)
     # transformers 5.6 and later has dropped the prefix from the plain model.
     dropped = "text_model." if config.projection_dim is None else ""
-    model.load_state_dict(
-        {k.removeprefix(dropped): torch.from_numpy(v) for k, v in state.items()}, strict=True
-    )
+    model.load_state_dict({k.removeprefix(dropped): torch.from_numpy(v) for k, v in state.items()}, strict=True)
     return model
 
 
@@ -109,9 +103,7 @@ def test_every_output(pair, masked, assert_parity):
 
 def test_config_written_by_transformers_is_read(pair):
     config, model, _ = pair
-    assert (
-        ClipTextConfig.from_hf(model.config.to_dict() | {"architectures": [type(model).__name__]}) == config
-    )
+    assert ClipTextConfig.from_hf(model.config.to_dict() | {"architectures": [type(model).__name__]}) == config
 
 
 # Negative controls: each of these faults must be seen by the very comparison that passes without it.

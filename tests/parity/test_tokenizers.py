@@ -100,16 +100,12 @@ def test_generated_prompts(references, ours, pad):
 @given(parts=st.lists(st.text() | st.sampled_from(PIECES), max_size=6), length=st.integers(2, 90))
 def test_any_prompt(references, ours, pad, parts, length):
     prompts = ["".join(parts)]
-    np.testing.assert_array_equal(
-        our_ids(ours[pad], prompts, length), reference_ids(references[pad], prompts, length)
-    )
+    np.testing.assert_array_equal(our_ids(ours[pad], prompts, length), reference_ids(references[pad], prompts, length))
 
 
 @pytest.mark.parametrize("pad", PADS)
 def test_very_long_prompts(references, ours, pad):
-    prompts = [
-        text * (50_000 // len(text)) for text in ("a", "a Cat! ", "１", "!", " ", "<|endoftext|>", "猫")
-    ]
+    prompts = [text * (50_000 // len(text)) for text in ("a", "a Cat! ", "１", "!", " ", "<|endoftext|>", "猫")]
     np.testing.assert_array_equal(our_ids(ours[pad], prompts), reference_ids(references[pad], prompts))
     for prompt in prompts:
         assert list(ours[pad].inspect(prompt).ids) == references[pad](prompt, truncation=False).input_ids
@@ -154,9 +150,7 @@ FOLDERS = {
     "config only": {"tokenizer_config": {**CONFIG_4X, "pad_token": "!"}},
     "map only": {"special_tokens_map": {**SPECIAL_4X, "unk_token": EOS}},
     "map with plain eos": {"special_tokens_map": {**SPECIAL_4X, "eos_token": EOS}},
-    "map with bare objects": {
-        "special_tokens_map": {"eos_token": {"content": EOS}, "pad_token": {"content": "!"}}
-    },
+    "map with bare objects": {"special_tokens_map": {"eos_token": {"content": EOS}, "pad_token": {"content": "!"}}},
     "map with pad object": {"special_tokens_map": {**SPECIAL_4X, "pad_token": token("!", lstrip=True)}},
     "decoder": {"tokenizer_config": {"pad_token": EOS, "added_tokens_decoder": DECODER}},
     "decoder and map": {
@@ -170,9 +164,7 @@ FOLDERS = {
         "added_tokens": ADDED,
         "tokenizer_config": {"additional_special_tokens": ["<Cat-Toy>"]},
     },
-    "extra special": {
-        "special_tokens_map": {**SPECIAL_4X, "additional_special_tokens": ["<Cat-Toy>", "<x>"]}
-    },
+    "extra special": {"special_tokens_map": {**SPECIAL_4X, "additional_special_tokens": ["<Cat-Toy>", "<x>"]}},
 }
 FOLDER_TEXTS = [
     *(

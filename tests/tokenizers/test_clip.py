@@ -51,9 +51,7 @@ def test_the_merges_are_the_text_of_the_merges_txt_on_the_hub():
     _, merges = packaged_vocabulary()
     text = "\n".join(["#version: 0.2", *(f"{left} {right}" for left, right in merges), ""]).encode()
     assert len(text) == 524_619
-    assert (
-        hashlib.sha256(text).hexdigest() == "9fd691f7c8039210e0fced15865466c65820d09b63988b0174bfe25de299051a"
-    )
+    assert hashlib.sha256(text).hexdigest() == "9fd691f7c8039210e0fced15865466c65820d09b63988b0174bfe25de299051a"
 
 
 def test_the_licence_of_the_vocabulary_ships_beside_it():
@@ -134,9 +132,7 @@ def test_rows_do_not_depend_on_the_rest_of_the_batch(clip):
 def test_threads_share_a_tokenizer(clip):
     texts = ["a cat " * count for count in range(1, 9)]
     lengths = [2 * count + 2 for count in range(1, 9)]
-    alone = [
-        clip.encode([text], max_length=length).tolist() for text, length in zip(texts, lengths, strict=True)
-    ]
+    alone = [clip.encode([text], max_length=length).tolist() for text, length in zip(texts, lengths, strict=True)]
     with ThreadPoolExecutor(8) as pool:
         together = pool.map(
             lambda text, length: clip.encode([text], max_length=length).tolist(), texts * 20, lengths * 20
@@ -277,9 +273,7 @@ def test_an_unknown_overflow_lists_the_valid_ones(clip):
 
 @pytest.mark.parametrize("length", [1, 0, -5, 7.0, "77"])
 def test_max_length_is_a_whole_number_with_room_for_bos_and_eos(clip, length):
-    with pytest.raises(
-        ClipJaxError, match=r"max_length must be a whole number, 2 \(BOS and EOS\) or more; got"
-    ):
+    with pytest.raises(ClipJaxError, match=r"max_length must be a whole number, 2 \(BOS and EOS\) or more; got"):
         clip.encode(["a"], max_length=length)
 
 
@@ -289,9 +283,7 @@ def test_names_must_name_each_prompt(clip):
 
 
 def test_an_unknown_pad_token_is_named():
-    with pytest.raises(
-        CheckpointError, match=r"The pad_token '\[PAD\]' is not in the vocabulary of the packaged"
-    ):
+    with pytest.raises(CheckpointError, match=r"The pad_token '\[PAD\]' is not in the vocabulary of the packaged"):
         ClipTokenizer.packaged(pad_token="[PAD]")
 
 

@@ -90,11 +90,7 @@ def test_flags_of_special_tokens_count(tmp_path):
     "files",
     [
         {"added_tokens": {"<Cat-Toy>": 49408, "<two>": 49409}},
-        {
-            "tokenizer_config": {
-                "added_tokens_decoder": {"49409": token("<two>"), "49408": token("<Cat-Toy>")}
-            }
-        },
+        {"tokenizer_config": {"added_tokens_decoder": {"49409": token("<two>"), "49408": token("<Cat-Toy>")}}},
     ],
 )
 def test_added_tokens_follow_the_vocabulary(tmp_path, files):
@@ -173,9 +169,7 @@ def test_save_over_a_folder_with_another_pad_token(tmp_path):
 
 def test_added_tokens_and_their_flags_survive_a_save(tmp_path):
     special = {"eos_token": token(EOS), "unk_token": token(EOS), "pad_token": "!"}
-    first = ClipTokenizer.from_folder(
-        write(tmp_path, special_tokens_map=special, added_tokens={"<Cat-Toy>": 49408})
-    )
+    first = ClipTokenizer.from_folder(write(tmp_path, special_tokens_map=special, added_tokens={"<Cat-Toy>": 49408}))
     first.save(tmp_path / "again")
     assert ids(ClipTokenizer.from_folder(tmp_path / "again")) == ids(first)
 
@@ -205,9 +199,7 @@ def test_no_merges(tmp_path):
         ClipTokenizer.from_folder(tmp_path)
 
 
-@pytest.mark.parametrize(
-    "stem", ["vocab", "tokenizer", "tokenizer_config", "special_tokens_map", "added_tokens"]
-)
+@pytest.mark.parametrize("stem", ["vocab", "tokenizer", "tokenizer_config", "special_tokens_map", "added_tokens"])
 def test_invalid_json_names_its_file(tmp_path, stem):
     (write(tmp_path) / f"{stem}.json").write_text('{"a": ', encoding="utf-8")
     with pytest.raises(CheckpointError, match=rf"{stem}\.json is not valid JSON \(Expecting value: line 1"):
@@ -229,9 +221,7 @@ def test_text_that_is_not_utf8(tmp_path):
 def test_a_git_lfs_pointer_is_recognised(tmp_path, name):
     pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 1059962\n"
     (write(tmp_path) / name).write_text(pointer, encoding="utf-8")
-    with pytest.raises(
-        CheckpointError, match=rf"{name} is a Git LFS pointer, not the file itself: run `git lfs"
-    ):
+    with pytest.raises(CheckpointError, match=rf"{name} is a Git LFS pointer, not the file itself: run `git lfs"):
         ClipTokenizer.from_folder(tmp_path)
 
 
@@ -239,9 +229,7 @@ def test_a_git_lfs_pointer_is_recognised(tmp_path, name):
 def test_a_special_token_outside_the_vocabulary_is_named(tmp_path, name):
     """Transformers 5 would give it a new id, beyond the text encoder's embedding."""
     folder = write(tmp_path, special_tokens_map={name: "[PAD]"})
-    with pytest.raises(
-        CheckpointError, match=rf"The {name} '\[PAD\]' is not in the vocabulary .*49408 tokens"
-    ):
+    with pytest.raises(CheckpointError, match=rf"The {name} '\[PAD\]' is not in the vocabulary .*49408 tokens"):
         ClipTokenizer.from_folder(folder)
 
 
@@ -260,18 +248,14 @@ def test_a_null_pad_token_is_an_error(tmp_path, files):
 @pytest.mark.parametrize("pad", [3, {"lstrip": False}])
 def test_a_token_of_another_kind(tmp_path, pad):
     folder = write(tmp_path, special_tokens_map={"pad_token": pad})
-    with pytest.raises(
-        CheckpointError, match="expected a token as text or as an object with 'content', found"
-    ):
+    with pytest.raises(CheckpointError, match="expected a token as text or as an object with 'content', found"):
         ClipTokenizer.from_folder(folder)
 
 
 def test_an_added_token_with_a_gap(tmp_path):
     """Transformers 5 would silently renumber it."""
     folder = write(tmp_path, added_tokens={"<Cat-Toy>": 49409})
-    message = (
-        r"'<Cat-Toy>' of .* is declared as id 49409, but would become id 49408\. Expected added ids to follow"
-    )
+    message = r"'<Cat-Toy>' of .* is declared as id 49409, but would become id 49408\. Expected added ids to follow"
     with pytest.raises(CheckpointError, match=message):
         ClipTokenizer.from_folder(folder)
 
@@ -301,9 +285,7 @@ def test_a_t5_folder(tmp_path):
 )
 def test_a_tokenizer_json_of_another_model(tmp_path, model, found):
     (tmp_path / "tokenizer.json").write_text(json.dumps({"model": model}), encoding="utf-8")
-    with pytest.raises(
-        CheckpointError, match=rf"is no CLIP tokenizer: found a model of {found}, expected 'BPE'"
-    ):
+    with pytest.raises(CheckpointError, match=rf"is no CLIP tokenizer: found a model of {found}, expected 'BPE'"):
         ClipTokenizer.from_folder(tmp_path)
 
 

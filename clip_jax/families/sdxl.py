@@ -1,0 +1,84 @@
+"""Stable Diffusion XL: penultimate layers of CLIP-L and bigG without norm, side by side; [2, 77, 2048].
+
+Pooled is bigG's projected row, [2, 1280]. The second tokenizer pads with "!" (id 0), the first does not.
+Reference: diffusers `pipeline_stable_diffusion_xl.py`, `StableDiffusionXLPipeline.encode_prompt` and
+`_get_add_time_ids`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import jax.numpy as jnp
+import jax.typing
+import numpy as np
+
+from clip_jax.config import ClipTextConfig
+from clip_jax.families.base import Family, Joined, Tower, TowerOutput
+
+
+def _join(outputs: Mapping[str, TowerOutput], max_sequence_length: int | None) -> Joined:  # noqa: ARG001
+    embeds = jnp.concatenate([outputs["clip_l"].embeds, outputs["clip_g"].embeds], axis=-1)
+    return embeds, outputs["clip_g"].projected
+
+
+def time_ids(
+    original_size: tuple[int, int] = (1024, 1024),
+    crops_coords_top_left: tuple[int, int] = (0, 0),
+    target_size: tuple[int, int] = (1024, 1024),
+    *,
+    rows: int = 2,
+    dtype: jax.typing.DTypeLike = jnp.float32,
+) -> jax.Array:
+    """The size conditioning that SDXL's UNet takes beside the embeddings.
+
+    Args:
+        original_size: Height and width of the training image that is asked for, in pixels.
+        crops_coords_top_left: Top and left of its crop, in pixels.
+        target_size: Height and width of the image to make, in pixels.
+        rows: Of the batch that the UNet is given: 2B with guidance.
+        dtype: Of the result.
+
+    Returns:
+        [rows, 6]: original height and width, crop top and left, target height and width.
+    """
+    ids = np.array([*original_size, *crops_coords_top_left, *target_size])
+    return jnp.asarray(np.tile(ids, (rows, 1)), dtype)
+
+
+CLIP_L = Tower(name="clip_l", config=ClipTextConfig.sd15(), layer=-2, final_norm=False)
+CLIP_G = Tower(
+    name="clip_g",
+    config=ClipTextConfig.sdxl_clip_g(),
+    folder="text_encoder_2",
+    tokenizer_folder="tokenizer_2",
+    pad_token="!",
+    prompt="prompt_2",
+    layer=-2,
+    final_norm=False,
+)
+
+_TASKS = ("", "Img2Img", "Inpaint", "ControlNet", "ControlNetImg2Img", "ControlNetInpaint")
+
+SDXL = Family(
+    name="sdxl",
+    title="Stable Diffusion XL",
+    pipelines=frozenset(f"StableDiffusionXL{task}Pipeline" for task in _TASKS),
+    towers=(CLIP_L, CLIP_G),
+    zero_negative=True,
+    join=_join,
+)
+
+
+def _join_refiner(outputs: Mapping[str, TowerOutput], max_sequence_length: int | None) -> Joined:  # noqa: ARG001
+    return outputs["clip_g"].embeds, outputs["clip_g"].projected
+
+
+SDXL_REFINER = Family(
+    name="sdxl_refiner",
+    title="Stable Diffusion XL refiner",
+    pipelines=SDXL.pipelines,
+    towers=(dataclasses.replace(CLIP_G, prompt="prompt"),),
+    join=_join_refiner,
+)

@@ -1,0 +1,160 @@
+"""The configuration of T5 v1.1 encoders, read from and written to the `config.json` of transformers."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+from clip_jax.errors import ConfigError
+
+# transformers' T5Config defaults: what an absent key means (configuration_t5.py).
+_HF_DEFAULTS: dict[str, Any] = {
+    "d_model": 512,
+    "d_kv": 64,
+    "d_ff": 2048,
+    "num_layers": 6,
+    "num_heads": 8,
+    "vocab_size": 32128,
+    "relative_attention_num_buckets": 32,
+    "relative_attention_max_distance": 128,
+    "layer_norm_epsilon": 1e-6,
+}
+
+# Written by transformers 4 or 5 and without effect on what the encoder computes at inference.
+_HF_WITHOUT_EFFECT = frozenset(
+    "_attn_implementation _name_or_path architectures attn_implementation bos_token_id "
+    "chunk_size_feed_forward  classifier_dropout decoder_start_token_id dropout_rate dtype eos_token_id "
+    "gradient_checkpointing id2label  initializer_factor is_encoder_decoder label2id model_type "
+    "n_positions num_decoder_layers  output_attentions output_hidden_states output_past pad_token_id "
+    "problem_type return_dict  scale_decoder_outputs task_specific_params tie_encoder_decoder "
+    "tie_word_embeddings tokenizer_class  torch_dtype transformers_version use_cache".split()
+)
+
+# Fields that change what is computed, and the values under which it stays what T5Encoder computes.
+_HF_REFUSED_UNLESS: dict[str, tuple[Any, ...]] = {
+    "dense_act_fn": (None, "gelu_new", "gelu_pytorch_tanh"),
+    "is_gated_act": (None, True),
+    "is_decoder": (None, False),
+    "quantization_config": (None,),
+}
+
+# `feed_forward_proj` is "gated-" and an activation; "gated-gelu" stands for the tanh form, for T5 v1.1.
+_GATED_TANH_GELU = ("gated-gelu", "gated-gelu_new", "gated-gelu_pytorch_tanh")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class T5EncoderConfig:
+    """Architecture of a T5 v1.1 encoder (Raffel et al. 2020, arXiv 1910.10683; Shazeer 2020, 2002.05202).
+
+    The feed-forward layer is that of v1.1, gated by the tanh form of GELU, and is no option.
+
+    Attributes:
+        d_model: D, width of the residual stream.
+        d_kv: H, size of a head; `num_heads * d_kv` need not be D.
+        d_ff: F, width of the feed-forward layer.
+        num_layers: Number of transformer blocks.
+        num_heads: N.
+        vocab_size: V, rows of the token embedding; more than there are tokens.
+        relative_attention_num_buckets: Rows of the table of relative position biases.
+        relative_attention_max_distance: Distance from which on all positions share a bucket.
+        layer_norm_epsilon: Epsilon of every RMSNorm.
+
+    Raises:
+        ConfigError: A value is out of range.
+    """
+
+    d_model: int
+    d_kv: int
+    d_ff: int
+    num_layers: int
+    num_heads: int
+    vocab_size: int = 32128
+    relative_attention_num_buckets: int = 32
+    relative_attention_max_distance: int = 128
+    layer_norm_epsilon: float = 1e-6
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            size = getattr(self, field.name)
+            if field.name != "layer_norm_epsilon" and (type(size) is not int or size < 1):
+                raise ConfigError(f"{field.name} must be a positive int, found {size!r}.")
+        if not isinstance(self.layer_norm_epsilon, float) or not self.layer_norm_epsilon > 0:
+            raise ConfigError(f"layer_norm_epsilon must be a positive float, found {self.layer_norm_epsilon!r}.")
+        buckets, distance = self.relative_attention_num_buckets, self.relative_attention_max_distance
+        if buckets < 4 or distance <= buckets // 4:
+            raise ConfigError(
+                f"relative_attention_num_buckets must be 4 or more, and relative_attention_max_distance more "
+                f"than a quarter of it, found {buckets} and {distance}."
+            )
+
+    @classmethod
+    def xxl(cls) -> T5EncoderConfig:
+        """T5 v1.1 XXL, a text encoder of SD 3 and FLUX.1: 24 layers of width 4096.
+
+        4,762,310,656 parameters.
+        """
+        return cls(d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64)
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any]) -> T5EncoderConfig:
+        """Reads the dict of a transformers 4 or 5 `config.json`.
+
+        Takes the config of `T5EncoderModel`, or of a whole T5 v1.1 (`T5ForConditionalGeneration`).
+
+        Warns:
+            UserWarning: Names the fields that are not known here; they are ignored.
+
+        Raises:
+            ConfigError: Another kind of model, or a value that `T5Encoder` cannot honour.
+        """
+        if not isinstance(config, Mapping):
+            raise ConfigError(f"Expected the dict of a config.json, found {type(config).__name__}.")
+        model_type = config.get("model_type", "t5")
+        if model_type != "t5":
+            raise ConfigError(f"Expected the config of a T5 v1.1 (model_type 't5'), found {_kind(model_type)}.")
+        projection = config.get("feed_forward_proj") or "relu"
+        if projection not in _GATED_TANH_GELU:
+            kind = "T5 v1.0, whose feed-forward layer is not gated" if projection == "relu" else "another variant"
+            raise ConfigError(
+                f"The config has feed_forward_proj={projection!r} ({kind}), expected 'gated-gelu' (T5 v1.1): "
+                f"T5Encoder is gated by the tanh form of GELU."
+            )
+        for name, allowed in _HF_REFUSED_UNLESS.items():
+            if config.get(name) not in allowed:
+                raise ConfigError(
+                    f"The config has {name}={config[name]!r}, which T5Encoder cannot honour: it computes the "
+                    f"encoder of T5 v1.1, gated by the tanh form of GELU, in floating point."
+                )
+        known = {*_HF_DEFAULTS, *_HF_WITHOUT_EFFECT, *_HF_REFUSED_UNLESS, "feed_forward_proj"}
+        unknown = sorted(set(config) - known)
+        if unknown:
+            warnings.warn(
+                f"The config has fields unknown to clip_jax, which are ignored: {', '.join(unknown)}.",
+                UserWarning,
+                stacklevel=2,
+            )
+        # An explicit null means the default, as in transformers.
+        return cls(**{k: d if config.get(k) is None else config[k] for k, d in _HF_DEFAULTS.items()})
+
+    def to_hf(self) -> dict[str, Any]:
+        """The config as the dict of a transformers `config.json`; `from_hf` of it is equal to `self`."""
+        return {
+            "architectures": ["T5EncoderModel"],
+            "model_type": "t5",
+            "feed_forward_proj": "gated-gelu",
+            "is_encoder_decoder": False,
+            "pad_token_id": 0,
+            "eos_token_id": 1,
+            **dataclasses.asdict(self),
+        }
+
+
+def _kind(model_type: Any) -> str:
+    """A model type for a message, and what makes the relatives of T5 other models."""
+    differences = {
+        "umt5": "every block of a UMT5 has its own relative position biases",
+        "mt5": "an mT5 has another vocabulary, of 250,112 rows",
+    }
+    return f"{model_type!r}" + (f": {differences[model_type]}" if model_type in differences else "")

@@ -1,0 +1,65 @@
+"""Reads the files of a tokenizer folder."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from clip_jax.errors import CheckpointError
+
+_NO_LIMIT = 10**20  # transformers writes int(1e30) for "no maximum"
+
+
+def token_content(token: str | dict[str, Any] | None) -> str | None:
+    """The text of a token, which settings hold as text or as an object."""
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def model_max_length(settings: dict[str, Any], path: Path, default: int) -> int:
+    """How many ids a prompt may have; `default` where tokenizer_config.json (`path`) names no maximum.
+
+    Raises:
+        CheckpointError: It is no such number.
+    """
+    length = settings.get("model_max_length", settings.get("max_len"))
+    if length is None or (isinstance(length, (int, float)) and length >= _NO_LIMIT):
+        return default
+    if not isinstance(length, int) or length < 2:
+        raise CheckpointError(f"{path}: model_max_length must be a whole number of 2 or more, found {length!r}.")
+    return length
+
+
+def read_optional_json(path: Path) -> dict[str, Any]:
+    """As `read_json`; empty where there is no such file."""
+    return read_json(path) if path.exists() else {}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON object.
+
+    Raises:
+        CheckpointError: Not UTF-8, not JSON, not an object, or a Git LFS pointer.
+    """
+    try:
+        value = json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{path} is not valid JSON ({error}); fetch the file again.") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, found a {type(value).__name__}.")
+    return value
+
+
+def read_text(path: Path) -> str:
+    """Reads a text file.
+
+    Raises:
+        CheckpointError: Not UTF-8, or a Git LFS pointer.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{path}: expected UTF-8 text, found {error}; fetch the file again.") from error
+    if text.startswith("version https://git-lfs"):
+        raise CheckpointError(
+            f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull`, or download the file."
+        )
+    return text

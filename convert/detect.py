@@ -1,0 +1,97 @@
+"""Which family the text encoders of a folder are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from clip_jax.config import ClipTextConfig, TowerConfig
+from clip_jax.convert.components import Component, Components
+from clip_jax.errors import CheckpointError
+from clip_jax.families import FAMILIES, Family, Tower
+
+
+def find_family(path: Path, found: Components, name: str | None) -> Family:
+    """The family called `name`, or else the one that the text encoders fit.
+
+    Where several fit, as is so for scaled-down models, the one with just their widths is taken.
+
+    Raises:
+        CheckpointError: None fits, or several; says why not.
+    """
+    hinted = [family for family in FAMILIES.values() if found.pipeline in family.pipelines]
+    candidates = [family_called(name)] if name else hinted or list(FAMILIES.values())
+    mismatches = {family.name: _mismatch(family, found) for family in candidates}
+    fitting = [family for family in candidates if mismatches[family.name] is None]
+    if len(fitting) > 1:
+        fitting = [family for family in fitting if _same_widths(family, found)] or fitting
+    if len(fitting) == 1:
+        return fitting[0]
+    if fitting:
+        names = ", ".join(family.name for family in fitting)
+        raise CheckpointError(f"{path} could be of any of the families {names}. Pass family=.")
+    reasons = "; ".join(f"{family}: {reason}" for family, reason in mismatches.items())
+    if name:
+        raise CheckpointError(f"{path} is not of family {reasons}.")
+    raise CheckpointError(f"{path} is of no known family ({reasons}).")
+
+
+def family_called(name: str) -> Family:
+    """The family called `name`.
+
+    Raises:
+        CheckpointError: There is none; lists those there are.
+    """
+    if name not in FAMILIES:
+        raise CheckpointError(f"Unknown family {name!r}; expected one of {', '.join(FAMILIES)}.")
+    return FAMILIES[name]
+
+
+def _mismatch(family: Family, found: Components) -> str | None:
+    """Why these text encoders cannot be those of `family`; None if they can."""
+    folders = {tower.folder for tower in family.towers}
+    needed = {tower.folder for tower in family.towers if not tower.optional}
+    names = found.components.keys()
+    alone = names == {""} and len(needed) == 1
+    if not alone and not needed <= names <= folders:
+        there = ", ".join(filter(None, names)) or "one text encoder"
+        return f"expected {', '.join(sorted(folders))}, found {there}"
+    for tower in family.towers:
+        component = found.components.get("" if alone else tower.folder)
+        reason = component and _tower_mismatch(tower, component)
+        if reason:
+            return reason
+    return None
+
+
+def _tower_mismatch(tower: Tower, component: Component) -> str | None:
+    config, where = component.config, component.folder.name
+    if type(config) is not type(tower.config):
+        return f"{where}: expected {_kind(tower.config)} ({tower.name}), found {_kind(config)}"
+    known = {_width(t.config): t.name for f in FAMILIES.values() for t in f.towers}
+    if _width(config) != _width(tower.config) and _width(config) in known:
+        whose = known[_width(config)]
+        return f"{where}: expected width {_width(tower.config)} ({tower.name}), found {_width(config)}, that of {whose}"
+    if _projects(tower.config) and not _projects(config):
+        return f"{where}: expected a CLIPTextModelWithProjection ({tower.name}), found a CLIPTextModel"
+    return None
+
+
+def _same_widths(family: Family, found: Components) -> bool:
+    return all(
+        _width(component.config) == _width(tower.config)
+        for tower in family.towers
+        for name, component in found.components.items()
+        if name in ("", tower.folder)
+    )
+
+
+def _projects(config: TowerConfig) -> bool:
+    return isinstance(config, ClipTextConfig) and config.projection_dim is not None
+
+
+def _kind(config: TowerConfig) -> str:
+    return "a CLIP text model" if isinstance(config, ClipTextConfig) else "a T5 encoder"
+
+
+def _width(config: TowerConfig) -> int:
+    return config.hidden_size if isinstance(config, ClipTextConfig) else config.d_model
