@@ -57,18 +57,23 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _abstract_call(family: Family) -> Any:
     """The shapes of a call with one prompt; nothing is allocated or compiled."""
-    params = {
+    ids = {tower.name: jax.ShapeDtypeStruct((1, row_length(family, tower)), np.int32) for tower in family.towers}
+    tokens = Tokens(cond=ids, uncond=ids if family.guidance else None)
+    return jax.eval_shape(lambda p, t: text_embeddings(p, t, family=family), abstract_params(family), tokens)
+
+
+def abstract_params(family: Family) -> dict[str, Any]:
+    """Shapes and dtypes of the params of a family at full size."""
+    return {
         tower.name: unflatten(
             {path: jax.ShapeDtypeStruct(shape, np.float32) for path, shape in param_shapes(tower.config).items()}
         )
         for tower in family.towers
     }
-    ids = {tower.name: jax.ShapeDtypeStruct((1, _length(family, tower)), np.int32) for tower in family.towers}
-    tokens = Tokens(cond=ids, uncond=ids if family.guidance else None)
-    return jax.eval_shape(lambda params, tokens: text_embeddings(params, tokens, family=family), params, tokens)
 
 
-def _length(family: Family, tower: Tower) -> int:
+def row_length(family: Family, tower: Tower) -> int:
+    """How many tokens a tower is given."""
     is_clip = isinstance(tower.config, ClipTextConfig)
     return tower.config.max_position_embeddings if is_clip else family.max_sequence_length
 

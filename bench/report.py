@@ -1,7 +1,7 @@
 """Turns a result into its table in the README: `python -m bench.report bench/results/NAME.json`.
 
-A result with `cases` is one of `bench.encode`, one with `peaks` one of `bench.memory`, and one with `errors` what
-`pytest tests/parity --write-errors` writes.
+A result with `cases` is one of `bench.encode`, one with `peaks` of `bench.memory`, one with `flops` of `bench.flops`,
+and one with `errors` is what `pytest tests/parity --write-errors` writes.
 """
 
 from __future__ import annotations
@@ -30,15 +30,19 @@ def render(result: Mapping[str, Any], source: str) -> str:
     Raises:
         ReportError: The result has another schema.
     """
-    renderers = {"parity": _render_errors, "bench:memory": _render_peaks, "bench:encode": _render_times}
+    renderers = {
+        "parity": _render_errors,
+        "bench:memory": _render_peaks,
+        "bench:flops": _render_flops,
+        "bench:encode": _render_times,
+    }
     return renderers[kind(result)](result, source)
 
 
 def kind(result: Mapping[str, Any]) -> str:
     """The name of the markers between which the README has the table of a result."""
-    if "errors" in result:
-        return "parity"
-    return "bench:memory" if "peaks" in result else "bench:encode"
+    kinds = {"errors": "parity", "peaks": "bench:memory", "flops": "bench:flops"}
+    return next((name for key, name in kinds.items() if key in result), "bench:encode")
 
 
 def _render_errors(result: Mapping[str, Any], source: str) -> str:
@@ -71,6 +75,18 @@ def _render_peaks(result: Mapping[str, Any], source: str) -> str:
         f"{_table(rows)}\n\nAnonymous memory of the process, without the page cache; {model['family']} with "
         f"{model['parameters']:,} random parameters in {model['dtype']}, {model['mib']:,.0f} MiB; "
         f"{_versions({'Python': result['python'], **result['versions']})}; {result['date'][:10]}; `{source}`."
+    )
+
+
+def _render_flops(result: Mapping[str, Any], source: str) -> str:
+    rows = [["family", "the program, GFLOP", "its towers whole, GFLOP", "share"], ["---", *["---:"] * 3]]
+    for name, flops in result["flops"].items():
+        program, towers = flops["program"], flops["towers"]
+        rows.append([name, f"{program / 1e9:,.1f}", f"{towers / 1e9:,.1f}", f"{program / towers:.0%}"])
+    return (
+        f"{_table(rows)}\n\nXLA's cost analysis of the compiled program, on CPU; one prompt of 9 to 16 tokens and no "
+        f"negative prompt, with guidance but for flux; "
+        f"{_versions({'Python': result['python'], **result['versions']})}; `{source}`."
     )
 
 

@@ -259,10 +259,9 @@ class TextEncoder:
     ) -> list[np.ndarray]:
         """Ids [B, L] of each of `sides`, tokenised as one batch; a prompt for all is encoded once."""
         tokenizer = self.tokenizers[tower.name]
+        length = max_sequence_length or self.family.max_sequence_length
         if isinstance(tower.config, ClipTextConfig):
             length = min(tokenizer.model_max_length, tower.config.max_position_embeddings)
-        else:
-            length = max_sequence_length or self.family.max_sequence_length
         ids = tokenizer.encode(
             [text for side in sides for text in side.texts],
             max_length=length,
@@ -270,7 +269,7 @@ class TextEncoder:
             names=[name for side in sides for name in side.names],
         )
         ends = np.cumsum([len(side.texts) for side in sides])[:-1]
-        return [np.broadcast_to(rows, (batch, length)).copy() for rows in np.split(ids, ends)]
+        return [np.broadcast_to(rows, (batch, rows.shape[1])).copy() for rows in np.split(ids, ends)]
 
     def _without_tails(self, tokens: Tokens) -> Tokens:
         sides = [side for side in (tokens.uncond, tokens.cond) if side is not None]

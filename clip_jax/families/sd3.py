@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 import jax.numpy as jnp
 
-from clip_jax.config import T5EncoderConfig
+from clip_jax.config import ClipTextConfig, T5EncoderConfig
 from clip_jax.families.base import Family, Joined, Tower, TowerOutput
 from clip_jax.families.sdxl import CLIP_G, CLIP_L
 
@@ -47,7 +47,7 @@ SD3 = Family(
         f"StableDiffusion3{task}Pipeline" for task in ("", "Img2Img", "Inpaint", "ControlNet", "ControlNetInpainting")
     ),
     towers=(
-        dataclasses.replace(CLIP_L, config=dataclasses.replace(CLIP_L.config, projection_dim=768)),
+        dataclasses.replace(CLIP_L, config=dataclasses.replace(ClipTextConfig.sd15(), projection_dim=768)),
         CLIP_G,
         T5,
     ),

@@ -1,0 +1,80 @@
+"""Floating-point operations of the compiled program, beside those of running every tower whole.
+
+`python -m bench.flops` compiles all families at full size, without weights, and asks XLA's cost analysis. One prompt of
+up to 16 tokens, without a negative prompt; with guidance where the family has it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import platform
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from bench.families import abstract_params, row_length
+from bench.host import git_state
+from clip_jax import FAMILIES, Family, Tokens, text_embeddings
+from clip_jax.models import model_of
+
+_SHORT = 16  # the length that a prompt of 9 to 16 tokens is cut to where only its pooled row is used
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.flops", description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("bench/results/flops.json"))
+    arguments = parser.parse_args()
+    families = {
+        name: {"program": _program(family), "towers": _towers(family)}
+        for name, family in tqdm(FAMILIES.items(), disable=None, desc="Compiling")
+    }
+    result = {
+        "schema": 1,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        **git_state(),
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in ("jax", "flax")},
+        "flops": families,
+    }
+    arguments.out.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def _program(family: Family) -> float:
+    """Of one call as `TextEncoder` makes it."""
+    ids = {tower.name: _ids(1, _SHORT if tower.pooled_only else row_length(family, tower)) for tower in family.towers}
+    encoded = family.guidance and not family.zero_negative
+    tokens = Tokens(cond=ids, uncond=ids if encoded else None, zero_uncond=family.guidance and not encoded)
+    return _flops(lambda p, t: text_embeddings(p, t, family=family), abstract_params(family), tokens)
+
+
+def _towers(family: Family) -> float:
+    """Of every tower, every block and every row, for the negative prompt too."""
+    params = abstract_params(family)
+    rows = 2 if family.guidance else 1
+    return sum(
+        _flops(
+            lambda p, ids, tower=tower: model_of(tower.config).apply({"params": p}, ids).last_hidden_state,
+            params[tower.name],
+            _ids(rows, row_length(family, tower)),
+        )
+        for tower in family.towers
+    )
+
+
+def _ids(rows: int, length: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((rows, length), np.int32)
+
+
+def _flops(function: Callable[..., Any], *arguments: Any) -> float:
+    return float(jax.jit(function).lower(*arguments).compile().cost_analysis()["flops"])
+
+
+if __name__ == "__main__":
+    main()
