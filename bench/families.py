@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _abstract_call(family: Family) -> Any:
     """The shapes of a call with one prompt; nothing is allocated or compiled."""
-    ids = {tower.name: jax.ShapeDtypeStruct((1, row_length(family, tower)), np.int32) for tower in family.towers}
+    ids = {tower.name: jax.ShapeDtypeStruct((1, family.row_length(tower, 77)), np.int32) for tower in family.towers}
     tokens = Tokens(cond=ids, uncond=ids if family.guidance else None)
     return jax.eval_shape(lambda p, t: text_embeddings(p, t, family=family), abstract_params(family), tokens)
 
@@ -70,12 +70,6 @@ def abstract_params(family: Family) -> dict[str, Any]:
         )
         for tower in family.towers
     }
-
-
-def row_length(family: Family, tower: Tower) -> int:
-    """How many tokens a tower is given."""
-    is_clip = isinstance(tower.config, ClipTextConfig)
-    return tower.config.max_position_embeddings if is_clip else family.max_sequence_length
 
 
 def _shape(family: Family, x: jax.ShapeDtypeStruct) -> str:

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from bench.families import abstract_params, row_length
+from bench.families import abstract_params
 from bench.host import git_state
 from clip_jax import FAMILIES, Family, Tokens, text_embeddings
 from clip_jax.models import model_of
@@ -48,7 +48,8 @@ def main() -> None:
 
 def _program(family: Family) -> float:
     """Of one call as `TextEncoder` makes it."""
-    ids = {tower.name: _ids(1, _SHORT if tower.pooled_only else row_length(family, tower)) for tower in family.towers}
+    lengths = {t.name: _SHORT if t.pooled_only else family.row_length(t, 77) for t in family.towers}
+    ids = {name: _ids(1, length) for name, length in lengths.items()}
     encoded = family.guidance and not family.zero_negative
     tokens = Tokens(cond=ids, uncond=ids if encoded else None, zero_uncond=family.guidance and not encoded)
     return _flops(lambda p, t: text_embeddings(p, t, family=family), abstract_params(family), tokens)
@@ -62,7 +63,7 @@ def _towers(family: Family) -> float:
         _flops(
             lambda p, ids, tower=tower: model_of(tower.config).apply({"params": p}, ids).last_hidden_state,
             params[tower.name],
-            _ids(rows, row_length(family, tower)),
+            _ids(rows, family.row_length(tower, 77)),
         )
         for tower in family.towers
     )

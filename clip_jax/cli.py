@@ -33,6 +33,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         warnings.showwarning = lambda message, *_: _say("warning", message)
         try:
             arguments.run(arguments)
+        except BrokenPipeError:  # whoever read the output has read enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
         except (ClipJaxError, OSError) as error:
             _say("error", error)
             return 2
@@ -78,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
         help="with or without unconditional rows (default: as the family's pipelines want it)",
     )
     embed.add_argument("--clip-skip", type=int, metavar="N", help="layers to leave out at the end")
+    embed.add_argument("--clip-skip-negative", type=int, metavar="N", help="the same for the negative prompts")
     embed.add_argument("--max-sequence-length", type=int, metavar="L", help="tokens of T5, at most 512")
     embed.add_argument("--without", metavar="TOWER", action="append", default=[], help="leave out a tower: t5 of sd3")
     embed.add_argument("--overflow", choices=("error", "truncate"), default="error", help="for prompts too long")
@@ -87,6 +91,7 @@ def _parser() -> argparse.ArgumentParser:
 
     tokenize = _command(commands, "tokenize", _tokenize, "show the tokens of prompts, and what would be cut")
     _add_prompt(tokenize)
+    tokenize.add_argument("--max-sequence-length", type=int, metavar="L", help="tokens of T5, at most 512")
     tokenize.add_argument("--model", metavar="SRC", default="random:sd15", help=f"{_SOURCE_HELP} (%(default)s)")
     _add_source_options(tokenize)
 
@@ -167,27 +172,27 @@ def _embed(arguments: argparse.Namespace) -> None:
     seconds = [time.perf_counter() - start]
     for _ in range(2):  # the first call compiles and runs, the second only runs
         start = time.perf_counter()
-        out = encoder.encode(tokens, clip_skip=arguments.clip_skip, max_sequence_length=arguments.max_sequence_length)
+        out = encoder.encode(tokens, clip_skip=arguments.clip_skip, clip_skip_negative=arguments.clip_skip_negative)
         out.prompt_embeds.block_until_ready()
         seconds.append(time.perf_counter() - start)
     tokenise, first, run = seconds
 
-    _print_rows(out, prompts, arguments.negative)
+    _print_rows(out, prompts, "(zeros)" if tokens.zero_uncond else repr(arguments.negative or ""))
     print(f"tokenise {tokenise * 1e3:.1f} ms, compile {max(first - run, 0):.2f} s, run {run * 1e3:.1f} ms")
     if arguments.out is not None:
         _write(arguments.out, out)
 
 
-def _print_rows(out: TextEmbeddings, prompts: list[str], negative: str | None) -> None:
+def _print_rows(out: TextEmbeddings, prompts: list[str], negative: str) -> None:
     import numpy as np
 
-    labels = [("uncond", negative or "")] * len(prompts) if out.guidance else []
-    labels += [("cond", prompt) for prompt in prompts]
+    labels = [("uncond", negative)] * len(prompts) if out.guidance else []
+    labels += [("cond", repr(prompt)) for prompt in prompts]
     for name, array in _arrays(out).items():
         print(f"{name} {array.shape} {array.dtype}")
         if name != "text_ids":
             for row, (kind, text) in zip(array, labels, strict=True):
-                print(f"  {kind:6}  norm {np.linalg.norm(row.astype(np.float32)):10.4f}  {text!r}")
+                print(f"  {kind:6}  norm {np.linalg.norm(row.astype(np.float32)):10.4f}  {text}")
 
 
 def _arrays(out: TextEmbeddings) -> dict[str, Any]:
@@ -224,12 +229,14 @@ def _write(path: Path, out: TextEmbeddings) -> None:
 
 
 def _tokenize(arguments: argparse.Namespace) -> None:
-    from clip_jax.loading import load_tokenizers
+    from clip_jax.loading import info, load_tokenizers
 
+    family = info(arguments.model, **_source_options(arguments)).family
     tokenizers = load_tokenizers(arguments.model, **_source_options(arguments))
     for prompt in _prompts(arguments):
         for name, tokenizer in tokenizers.items():
-            report = tokenizer.inspect(prompt)
+            length = family.row_length(family.tower(name), tokenizer.model_max_length, arguments.max_sequence_length)
+            report = tokenizer.inspect(prompt, length)
             count = f"{len(report.ids)} of {report.max_length} tokens"
             print(f"{name}: {count}, padded with {tokenizer.pad_token!r}")
             for index, (token, piece) in enumerate(zip(report.ids, report.pieces, strict=True)):

@@ -184,7 +184,10 @@ class ClipTextConfig:
             )
         text = dict(config)
         if model_type == "clip":
-            nested = {**(config.get("text_config") or {}), **(config.get("text_config_dict") or {})}
+            parts = [config.get(name) or {} for name in ("text_config", "text_config_dict")]
+            if not all(isinstance(part, Mapping) for part in parts):
+                raise ConfigError("text_config and text_config_dict must be objects; correct config.json.")
+            nested = {**parts[0], **parts[1]}
             text = {**nested, "projection_dim": config.get("projection_dim", _HF_DEFAULTS["projection_dim"])}
         for name, allowed in _HF_REFUSED_UNLESS.items():
             if text.get(name) not in allowed:
@@ -204,10 +207,11 @@ class ClipTextConfig:
         projects = model_type == "clip" or "CLIPTextModelWithProjection" in (config.get("architectures") or ())
         if not projects:
             known["projection_dim"] = None
-        if known["eos_token_id"] == _LEGACY_EOS:
-            # argmax(input_ids) in transformers (modeling_clip.py): the highest id of the original vocabulary.
-            known["eos_token_id"] = min(_CLIP_EOS, known["vocab_size"] - 1)
-        return cls(**known)
+        if known["eos_token_id"] != _LEGACY_EOS:
+            return cls(**known)
+        # argmax(input_ids) in transformers (modeling_clip.py): the highest id of the original vocabulary.
+        read = cls(**{**known, "eos_token_id": _CLIP_EOS})
+        return dataclasses.replace(read, eos_token_id=min(_CLIP_EOS, read.vocab_size - 1))
 
     def to_hf(self) -> dict[str, Any]:
         """The config as the dict of a transformers `config.json`; `from_hf` of it is equal to `self`."""

@@ -16,7 +16,7 @@ import jax.typing
 from clip_jax.config import ClipTextConfig
 from clip_jax.errors import ClipJaxError
 from clip_jax.families import Family, Tower, TowerOutput
-from clip_jax.models import ClipTextModel, T5Encoder
+from clip_jax.models import T5Encoder, model_of
 from clip_jax.structs import TextEmbeddings, Tokens
 
 #: A nested dict of arrays.
@@ -31,7 +31,6 @@ Params = Mapping[str, Any]
         "compute_dtype",
         "clip_skip",
         "clip_skip_negative",
-        "max_sequence_length",
     ),
 )
 def text_embeddings(
@@ -43,7 +42,6 @@ def text_embeddings(
     compute_dtype: jax.typing.DTypeLike | None = None,
     clip_skip: int | None = None,
     clip_skip_negative: int | None = None,
-    max_sequence_length: int | None = None,
 ) -> TextEmbeddings:
     """Encodes negative prompts and prompts in one program: pure, jitted, differentiable.
 
@@ -56,12 +54,10 @@ def text_embeddings(
             unconditional rows are zeros.
         family: Which towers run, and how they are joined; static.
         dtype: Of the result, cast at the end; None means `compute_dtype`. Static.
-        compute_dtype: Of the computation; None means that of the params. Static.
+        compute_dtype: Of the computation; None means that of the params, as their embeddings have it. Static.
         clip_skip: Layers of the CLIP towers to leave out at the end, for the prompts, counted as in diffusers
             from the layer that the family takes; None means 0. Static.
         clip_skip_negative: The same for the negative prompts, which diffusers never skips. Static.
-        max_sequence_length: How many rows of zeros stand for T5's where the family is without it; None means
-            the family's default. Static.
 
     Returns:
         `prompt_embeds` [2B, L, D], or [B, L, D] without guidance, and what else the family has.
@@ -71,15 +67,22 @@ def text_embeddings(
     """
     _check_towers(family, params, "params")
     _check_towers(family, tokens.cond, "tokens.cond")
-    ids, skips = [tokens.cond], [clip_skip]
+    ids = [tokens.cond]
     if tokens.uncond is not None:
         _check_towers(family, tokens.uncond, "tokens.uncond")
-        ids, skips = [tokens.uncond, tokens.cond], [clip_skip_negative, clip_skip]
+        ids = [tokens.uncond, tokens.cond]
+    if tokens.zero_uncond and tokens.uncond is not None:
+        raise ClipJaxError("Tokens have both uncond and zero_uncond: expected one of them.")
+    if len(batches := {rows.shape[0] for rows in tokens.cond.values()}) > 1:
+        raise ClipJaxError(f"Expected one batch of token ids in all towers, found the sizes {sorted(batches)}.")
     if compute_dtype is None:
-        compute_dtype = jnp.result_type(*jax.tree.leaves(params))
+        compute_dtype = jnp.result_type(*(_embedding_dtype(tower, params[tower.name]) for tower in family.towers))
     dtype = dtype or compute_dtype
+    for wanted in (dtype, compute_dtype):
+        if not jnp.issubdtype(wanted, jnp.floating):
+            raise ClipJaxError(f"dtype and compute_dtype must be floating point, found {wanted!r}.")
 
-    layers = {tower.name: [_layer(family, tower, skip) for skip in skips] for tower in family.towers}
+    layers = {tower.name: _layers(family, tower, clip_skip_negative, clip_skip)[-len(ids) :] for tower in family.towers}
     outputs = {
         tower.name: _run(
             tower,
@@ -90,7 +93,7 @@ def text_embeddings(
         )
         for tower in family.towers
     }
-    embeds, pooled = family.join(outputs, max_sequence_length or family.max_sequence_length)
+    embeds, pooled = family.join(outputs, tokens.max_sequence_length or family.max_sequence_length)
 
     def rows(x: jax.Array) -> jax.Array:  # [G, B, ...] -> [GB, ...]
         if tokens.zero_uncond:
@@ -113,11 +116,9 @@ def _run(
     compute_dtype: jax.typing.DTypeLike,
 ) -> TowerOutput:
     """Runs one tower over ids [G, B, L]; row g of the guidance batch takes the hidden state `layers[g]`."""
-    if not isinstance(tower.config, ClipTextConfig):
-        t5 = T5Encoder(tower.config, dtype=compute_dtype).bind({"params": params})
-        return TowerOutput(jax.vmap(lambda ids: t5(ids).last_hidden_state)(input_ids))
-
-    model = ClipTextModel(tower.config, dtype=compute_dtype).bind({"params": params})
+    model = model_of(tower.config, compute_dtype).bind({"params": params})
+    if isinstance(model, T5Encoder):
+        return TowerOutput(jax.vmap(lambda ids: model(ids).last_hidden_state)(input_ids))
     taken = list(dict.fromkeys(layers))
 
     def run(input_ids: jax.Array) -> tuple[list[jax.Array], jax.Array, jax.Array | None]:
@@ -144,18 +145,27 @@ def _stack(tower: Tower, rows: Sequence[jax.Array]) -> jax.Array:
     return jnp.stack(rows)
 
 
-def _layer(family: Family, tower: Tower, skip: int | None) -> int:
-    """Which hidden state of `tower` to take when `skip` layers are left out."""
-    if skip is None:
-        return tower.layer
-    if all(t.pooled_only or not isinstance(t.config, ClipTextConfig) for t in family.towers):
-        raise ClipJaxError(f"{family.name} takes no clip_skip: it uses no hidden state of CLIP. Leave it out.")
-    if not isinstance(tower.config, ClipTextConfig):
-        return tower.layer
-    most = tower.config.num_hidden_layers + 1 + tower.layer
-    if isinstance(skip, bool) or not isinstance(skip, int) or not 0 <= skip <= most:
-        raise ClipJaxError(f"clip_skip must be an int from 0 to {most} for {tower.name}, found {skip!r}.")
-    return tower.layer - skip
+def _layers(family: Family, tower: Tower, *skips: int | None) -> list[int]:
+    """Which hidden state of `tower` to take for the negative prompts and for the prompts."""
+    layers = []
+    for name, skip in zip(("clip_skip_negative", "clip_skip"), skips, strict=True):
+        if skip is not None and all(t.pooled_only or not isinstance(t.config, ClipTextConfig) for t in family.towers):
+            raise ClipJaxError(f"{family.name} takes no {name}: it uses no hidden state of CLIP. Leave it out.")
+        if skip is None or not isinstance(tower.config, ClipTextConfig):
+            layers.append(tower.layer)
+            continue
+        most = tower.config.num_hidden_layers + 1 + tower.layer
+        if isinstance(skip, bool) or not isinstance(skip, int) or not 0 <= skip <= most:
+            raise ClipJaxError(f"{name} must be an int from 0 to {most} for {tower.name}, found {skip!r}.")
+        layers.append(tower.layer - skip)
+    return layers
+
+
+def _embedding_dtype(tower: Tower, params: Params) -> jnp.dtype:
+    """That of the token embedding: norms, and T5's `wo`, may be kept in a wider one."""
+    is_clip = isinstance(tower.config, ClipTextConfig)
+    table = params["text_model"]["embeddings"]["token_embedding"] if is_clip else params["shared"]
+    return table["embedding"].dtype
 
 
 def _check_towers(family: Family, found: Mapping[str, Any], what: str) -> None:

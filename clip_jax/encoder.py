@@ -7,7 +7,7 @@ import functools
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,15 +17,13 @@ import numpy as np
 from clip_jax.config import ClipTextConfig, TowerConfig
 from clip_jax.embed import Params, text_embeddings
 from clip_jax.errors import ClipJaxError
-from clip_jax.families import Family, Tower
+from clip_jax.families import FAMILIES, Family, Tower
 from clip_jax.params.cast import float_dtype
 from clip_jax.params.checkpoint import CheckpointMetadata, write_checkpoint
 from clip_jax.params.shapes import flatten, layer_groups
 from clip_jax.prompts import Prompts
 from clip_jax.structs import TextEmbeddings, Tokens
-from clip_jax.tokenizers import RowTokenizer
-
-Overflow = Literal["error", "truncate"]
+from clip_jax.tokenizers import Overflow, RowTokenizer
 
 # Batch sizes, and lengths of ids that may be cut, that are compiled for; above the last, its multiples.
 _BATCHES = (1, 2, 4, 8, 16, 32)
@@ -95,7 +93,8 @@ class TextEncoder:
                 has it so (`Family.zero_negative`). Ignored without guidance, as in diffusers.
             prompt_2: For the second tower (SDXL, SD 3: bigG; FLUX: T5); None and "" stand for `prompt`.
             prompt_3: For the third tower (SD 3: T5); None and "" stand for `prompt`.
-            negative_prompt_2: As `prompt_2`, for `negative_prompt`.
+            negative_prompt_2: As `prompt_2`, for `negative_prompt`. Alone it does not keep SDXL from zeros: that
+                goes by `negative_prompt`, as in diffusers.
             negative_prompt_3: As `prompt_3`, for `negative_prompt`.
             guidance: Whether the unconditional rows come first; None means the family's default.
             clip_skip: Layers to leave out at the end, for the prompts (diffusers' meaning: 1 is one layer
@@ -129,7 +128,6 @@ class TextEncoder:
             tokens,
             clip_skip=clip_skip,
             clip_skip_negative=clip_skip_negative,
-            max_sequence_length=max_sequence_length,
         )
 
     def tokenize(
@@ -154,6 +152,8 @@ class TextEncoder:
             negative_prompt_3=negative_prompt_3,
         )
         guidance = self.family.guidance if guidance is None else guidance
+        if not isinstance(guidance, bool):
+            raise ClipJaxError(f"guidance must be True, False or None, found {guidance!r}.")
         zero_uncond = guidance and self.family.zero_negative and negative_prompt is None
         prompts = _by_argument("", prompt, prompt_2, prompt_3)
         batch = len(prompts["prompt"].texts)
@@ -170,7 +170,13 @@ class TextEncoder:
             cond[tower.name] = positive
             if negative:
                 (uncond[tower.name],) = negative
-        return Tokens(cond=cond, uncond=uncond or None, zero_uncond=zero_uncond)
+        return Tokens(
+            cond=cond,
+            uncond=uncond or None,
+            zero_uncond=zero_uncond,
+            # Where there is T5, the length is that of its ids, and another program would be the same.
+            max_sequence_length=None if "t5" in cond else max_sequence_length,
+        )
 
     def encode(
         self,
@@ -178,7 +184,6 @@ class TextEncoder:
         *,
         clip_skip: int | None = None,
         clip_skip_negative: int | None = None,
-        max_sequence_length: int | None = None,
     ) -> TextEmbeddings:
         """Runs the compiled program over token ids.
 
@@ -190,7 +195,7 @@ class TextEncoder:
         Raises:
             ClipJaxError: float16 overflowed.
         """
-        batch = len(next(iter(tokens.cond.values())))
+        batch = max((len(rows) for rows in tokens.cond.values()), default=0)
         bucket = _bucket(batch, _BATCHES)
         tokens = self._without_tails(tokens)
         out = text_embeddings(
@@ -201,7 +206,6 @@ class TextEncoder:
             compute_dtype=self.dtype,
             clip_skip=clip_skip,
             clip_skip_negative=clip_skip_negative,
-            max_sequence_length=max_sequence_length,
         )
         if bucket != batch:
             out = _cut_rows(out, batch)
@@ -236,7 +240,8 @@ class TextEncoder:
         )
 
     def _check_arguments(self, max_sequence_length: int | None, **prompts: str | Sequence[str] | None) -> None:
-        taken = {tower.prompt for tower in self.family.towers}
+        # Of the whole family: a prompt for a tower that was left out is ignored, as in diffusers.
+        taken = {tower.prompt for tower in FAMILIES.get(self.family.name, self.family).towers}
         for name, value in prompts.items():
             if value is not None and name.removeprefix("negative_") not in taken:
                 raise ClipJaxError(f"{self.family.name} takes no {name}. Leave it out.")
@@ -259,9 +264,7 @@ class TextEncoder:
     ) -> list[np.ndarray]:
         """Ids [B, L] of each of `sides`, tokenised as one batch; a prompt for all is encoded once."""
         tokenizer = self.tokenizers[tower.name]
-        length = max_sequence_length or self.family.max_sequence_length
-        if isinstance(tower.config, ClipTextConfig):
-            length = min(tokenizer.model_max_length, tower.config.max_position_embeddings)
+        length = self.family.row_length(tower, tokenizer.model_max_length, max_sequence_length)
         ids = tokenizer.encode(
             [text for side in sides for text in side.texts],
             max_length=length,
@@ -287,7 +290,8 @@ def _by_argument(prefix: str, first: str | Sequence[str], *others: str | Sequenc
     prompts = {f"{prefix}prompt": Prompts.of(first, f"{prefix}prompt")}
     for i, other in enumerate(others, start=2):
         name = f"{prefix}prompt_{i}"
-        prompts[name] = Prompts.of(other, name) if other else prompts[f"{prefix}prompt"]
+        absent = other is None or (isinstance(other, str) and not other)
+        prompts[name] = prompts[f"{prefix}prompt"] if absent else Prompts.of(other, name)
     return prompts
 
 

@@ -16,7 +16,7 @@ import jax.typing
 import numpy as np
 
 from clip_jax.config import ClipTextConfig, TowerConfig
-from clip_jax.convert.detect import family_called
+from clip_jax.convert.detect import family_called, folders_of
 from clip_jax.convert.foreign import open_foreign
 from clip_jax.convert.resolve import resolve
 from clip_jax.encoder import TextEncoder
@@ -27,7 +27,7 @@ from clip_jax.params import checkpoint as ckpt
 from clip_jax.params.random import random_tensor
 from clip_jax.params.shapes import TensorSpec, param_shapes, unflatten
 from clip_jax.progress import byte_bar
-from clip_jax.tokenizers import ClipTokenizer, RowTokenizer, read_tokenizer
+from clip_jax.tokenizers import ClipTokenizer, RowTokenizer, check_vocabulary, read_tokenizer
 from clip_jax.tokenizers.stand_in import stand_in_t5_tokenizer
 
 Specs = dict[str, dict[str, TensorSpec]]
@@ -86,7 +86,7 @@ class _Random:
     def tokenizer(self, tower: str) -> RowTokenizer:
         found = self.family.tower(tower)
         if isinstance(found.config, ClipTextConfig):
-            return ClipTokenizer.packaged(found.pad_token)
+            return ClipTokenizer.packaged(found.pad_token, found.config.max_position_embeddings)
         return stand_in_t5_tokenizer()
 
     def specs(self) -> Specs:
@@ -138,7 +138,7 @@ def load(
     family: str | None = None,
     dtype: jax.typing.DTypeLike = jnp.float32,
     param_dtype: jax.typing.DTypeLike | None = None,
-    without: Iterable[str] = (),
+    without: str | Iterable[str] = (),
     tokenizer: str | os.PathLike[str] | Mapping[str, str | os.PathLike[str]] | None = None,
     revision: str | None = None,
     local_files_only: bool = False,
@@ -163,7 +163,8 @@ def load(
         CheckpointError: The source is not there, not whole, or of another model or family.
         ConfigError: Its `config.json` asks for something that cannot be honoured.
     """
-    opened = _open(source, family, without, revision, local_files_only, progress)
+    names = {without} if isinstance(without, str) else set(without)
+    opened = _open(source, family, names, revision, local_files_only, progress)
     tokenizers = _tokenizers(opened, tokenizer)
     if isinstance(opened, _Random):
         warnings.warn(
@@ -188,8 +189,11 @@ def info(
     local_files_only: bool = False,
     progress: bool | None = None,
 ) -> ModelInfo:
-    """Tells what a source holds, without reading its weights. Arguments and errors as in `load`."""
-    opened = _open(source, family, (), revision, local_files_only, progress)
+    """Tells what a source holds, without reading its weights (of a Hub repo they are downloaded all the same).
+
+    Arguments and errors as in `load`.
+    """
+    opened = _open(source, family, set(), revision, local_files_only, progress)
     towers = {}
     for name, tree in opened.specs().items():
         towers[name] = TowerInfo(
@@ -210,13 +214,13 @@ def load_tokenizers(
     progress: bool | None = None,
 ) -> dict[str, RowTokenizer]:
     """Tower name -> tokenizer of a source. Arguments and errors as in `load`."""
-    return _tokenizers(_open(source, family, (), revision, local_files_only, progress), None)
+    return _tokenizers(_open(source, family, set(), revision, local_files_only, progress), None)
 
 
 def _open(
     source: str | os.PathLike[str],
     family: str | None,
-    without: Iterable[str],
+    without: set[str],
     revision: str | None,
     local_files_only: bool,
     progress: bool | None,
@@ -228,7 +232,13 @@ def _open(
         found = family_called(name.removeprefix(_RANDOM))
         _check_family(name, found.name, family)
         return _Random(found.without(without))
-    path = resolve(source, revision=revision, local_files_only=local_files_only, progress=progress).path
+    path = resolve(
+        source,
+        revision=revision,
+        local_files_only=local_files_only,
+        skip=folders_of(without),
+        progress=progress,
+    ).path
     if not ckpt.is_checkpoint(path):
         return open_foreign(path, family=family, without=without)
     metadata = ckpt.read_metadata(path)
@@ -239,7 +249,7 @@ def _open(
         )
     whole = dataclasses.replace(FAMILIES[metadata.family], zero_negative=metadata.zero_negative)
     absent = {tower.name for tower in whole.towers} - metadata.configs.keys()
-    return _Converted(path, whole.without({*without, *absent}).with_configs(metadata.configs), metadata)
+    return _Converted(path, whole.without(without | absent).with_configs(metadata.configs), metadata)
 
 
 def _tokenizers(
@@ -262,7 +272,7 @@ def _tokenizers(
     for tower in opened.family.towers:
         folder = folders.get(tower.name)
         tokenizer = opened.tokenizer(tower.name) if folder is None else read_tokenizer(tower.config, Path(folder))
-        _check_vocabulary(tokenizer, tower.config.vocab_size, tower.name)
+        check_vocabulary(tokenizer, tower.config, tower.name)
         tokenizers[tower.name] = tokenizer
     return tokenizers
 
@@ -270,12 +280,3 @@ def _tokenizers(
 def _check_family(source: str, found: str, wanted: str | None) -> None:
     if wanted is not None and wanted != found:
         raise CheckpointError(f"{source} is of family {found!r}; family={wanted!r} was asked for.")
-
-
-def _check_vocabulary(tokenizer: RowTokenizer, rows: int, tower: str) -> None:
-    """Refuses ids beyond the embedding: jax would clamp them to its last row without a word."""
-    if tokenizer.vocab_size > rows:
-        raise CheckpointError(
-            f"The tokenizer of {tower} has {tokenizer.vocab_size} tokens, its embedding {rows} rows. "
-            f"Expected no more tokens than rows; use the tokenizer that belongs to these weights."
-        )

@@ -21,11 +21,14 @@ class Tokens:
         cond: Tower name -> int32 [B, L], the prompts.
         uncond: Tower name -> int32 [B, L], the negative prompts; None where there are none to encode.
         zero_uncond: Whether the unconditional rows are zeros, which need no encoding; `uncond` is None then.
+        max_sequence_length: How many rows of zeros stand for T5's where the family is without it; None means the
+            family's default.
     """
 
     cond: dict[str, np.ndarray | jax.Array]
     uncond: dict[str, np.ndarray | jax.Array] | None = None
     zero_uncond: bool = dataclasses.field(default=False, metadata={"static": True})
+    max_sequence_length: int | None = dataclasses.field(default=None, metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass

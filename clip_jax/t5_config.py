@@ -25,11 +25,11 @@ _HF_DEFAULTS: dict[str, Any] = {
 # Written by transformers 4 or 5 and without effect on what the encoder computes at inference.
 _HF_WITHOUT_EFFECT = frozenset(
     "_attn_implementation _name_or_path architectures attn_implementation bos_token_id "
-    "chunk_size_feed_forward  classifier_dropout decoder_start_token_id dropout_rate dtype eos_token_id "
-    "gradient_checkpointing id2label  initializer_factor is_encoder_decoder label2id model_type "
-    "n_positions num_decoder_layers  output_attentions output_hidden_states output_past pad_token_id "
-    "problem_type return_dict  scale_decoder_outputs task_specific_params tie_encoder_decoder "
-    "tie_word_embeddings tokenizer_class  torch_dtype transformers_version use_cache".split()
+    "chunk_size_feed_forward classifier_dropout decoder_start_token_id dropout_rate dtype eos_token_id "
+    "gradient_checkpointing id2label initializer_factor is_encoder_decoder label2id model_type "
+    "n_positions num_decoder_layers output_attentions output_hidden_states output_past pad_token_id "
+    "problem_type return_dict scale_decoder_outputs task_specific_params tie_encoder_decoder "
+    "tie_word_embeddings tokenizer_class torch_dtype transformers_version use_cache".split()
 )
 
 # Fields that change what is computed, and the values under which it stays what T5Encoder computes.

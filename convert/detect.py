@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 from clip_jax.config import ClipTextConfig, TowerConfig
@@ -18,7 +19,8 @@ def find_family(path: Path, found: Components, name: str | None) -> Family:
     Raises:
         CheckpointError: None fits, or several; says why not.
     """
-    hinted = [family for family in FAMILIES.values() if found.pipeline in family.pipelines]
+    pipeline = str(found.index.get("_class_name"))
+    hinted = [family for family in FAMILIES.values() if pipeline in family.pipelines]
     candidates = [family_called(name)] if name else hinted or list(FAMILIES.values())
     mismatches = {family.name: _mismatch(family, found) for family in candidates}
     fitting = [family for family in candidates if mismatches[family.name] is None]
@@ -33,6 +35,12 @@ def find_family(path: Path, found: Components, name: str | None) -> Family:
     if name:
         raise CheckpointError(f"{path} is not of family {reasons}.")
     raise CheckpointError(f"{path} is of no known family ({reasons}).")
+
+
+def folders_of(without: Collection[str]) -> set[str]:
+    """The folders of the towers that are to be left out, of any family that can do without them."""
+    towers = [tower for family in FAMILIES.values() for tower in family.towers]
+    return {tower.folder for tower in towers if tower.optional and tower.name in without}
 
 
 def family_called(name: str) -> Family:

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from clip_jax.config import ClipTextConfig, TowerConfig
 from clip_jax.convert.components import Component, read_components
-from clip_jax.convert.detect import find_family
+from clip_jax.convert.detect import find_family, folders_of
 from clip_jax.convert.hf_keys import KeyMap, map_keys, to_flax
 from clip_jax.convert.source import TensorSource, open_folder
 from clip_jax.errors import CheckpointError
@@ -53,10 +54,10 @@ class ForeignTower:
         return {p: TensorSpec(shapes[p], self.source.tensors[key].dtype) for p, (key, _) in self.map.keys.items()}
 
     def read(self, path: str, dtype: np.dtype | None) -> np.ndarray:
-        """One parameter, in memory of its own, for a tower in `dtype` (None keeps that of the source)."""
+        """One parameter for a tower in `dtype` (None keeps that of the source); it may be a view of the file."""
         key, transposed = self.map.keys[path]
         array = to_flax(self.source.read(key), transposed)
-        return np.array(cast(array, array.dtype if dtype is None else param_dtype(path, dtype), key), order="C")
+        return np.ascontiguousarray(cast(array, array.dtype if dtype is None else param_dtype(path, dtype), key))
 
     def check_twins(self) -> None:
         """Compares tensors of which the source has two copies.
@@ -76,7 +77,7 @@ class ForeignTower:
         if any((self.tokenizer_folder / name).is_file() for name in _TOKENIZER_FILES):
             return read_tokenizer(self.config, self.tokenizer_folder)
         if isinstance(self.config, ClipTextConfig):
-            return ClipTokenizer.packaged(self.pad_token)
+            return ClipTokenizer.packaged(self.pad_token, self.config.max_position_embeddings)
         return read_tokenizer(self.config, self.tokenizer_folder)  # says what is missing
 
 
@@ -119,7 +120,8 @@ class ForeignCheckpoint:
         with byte_bar(self.nbytes, "Loading", progress) as bar:
             for part in self.parts(dtype, bar.update):
                 for name, arrays in part.items():
-                    leaves[name] |= {path: jax.device_put(array) for path, array in arrays.items()}
+                    # Copies: on a CPU, device_put would take an aligned view of the file as it is.
+                    leaves[name] |= {path: jnp.array(array) for path, array in arrays.items()}
         return {name: unflatten(tree) for name, tree in leaves.items()}
 
     def parts(
@@ -157,7 +159,7 @@ class ForeignCheckpoint:
         }
 
 
-def open_foreign(path: Path, *, family: str | None = None, without: Iterable[str] = ()) -> ForeignCheckpoint:
+def open_foreign(path: Path, *, family: str | None = None, without: str | Iterable[str] = ()) -> ForeignCheckpoint:
     """Opens a folder in a foreign layout, finds out its family, and pairs parameters with tensors.
 
     Args:
@@ -170,12 +172,18 @@ def open_foreign(path: Path, *, family: str | None = None, without: Iterable[str
             architecture.
         ConfigError: A `config.json` that cannot be honoured.
     """
-    found = read_components(path)
+    without = {without} if isinstance(without, str) else set(without)
+    found = read_components(path, skip=folders_of(without))
     matched = find_family(path, found, family)
     absent = {t.name for t in matched.towers if t.optional and not ({"", t.folder} & found.components.keys())}
-    matched = matched.without({*without, *absent})
-    if found.zero_negative is not None:
-        matched = dataclasses.replace(matched, zero_negative=found.zero_negative)
+    matched = matched.without(without | absent)
+    if matched.zero_negative_key in found.index:
+        zeros = found.index[matched.zero_negative_key]
+        if not isinstance(zeros, bool):
+            raise CheckpointError(
+                f"{path}/model_index.json: {matched.zero_negative_key} must be true or false, found {zeros!r}."
+            )
+        matched = dataclasses.replace(matched, zero_negative=zeros)
     towers = {}
     for tower in matched.towers:
         alone = tower.folder not in found.components

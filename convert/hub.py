@@ -6,7 +6,7 @@ import logging
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -37,6 +37,7 @@ def fetch(
     *,
     revision: str | None = None,
     local_files_only: bool = False,
+    skip: Collection[str] = (),
     progress: bool | None = None,
 ) -> Path:
     """Downloads what text encoding needs of a repository into the cache of `huggingface_hub`.
@@ -50,6 +51,7 @@ def fetch(
         repo_id: Such as "stable-diffusion-v1-5/stable-diffusion-v1-5".
         revision: A branch, tag or commit; the default branch if None.
         local_files_only: Whether to use the cache without asking the Hub.
+        skip: Folders that are not wanted.
         progress: Whether to show progress bars; if None, only on a terminal.
 
     Returns:
@@ -61,7 +63,7 @@ def fetch(
     """
     show = sys.stderr.isatty() if progress is None else progress
     try:
-        return _cached(repo_id, revision) if local_files_only else _download(repo_id, revision, show)
+        return _cached(repo_id, revision, skip) if local_files_only else _download(repo_id, revision, skip, show)
     except CheckpointError:
         raise
     except Exception as error:  # the client lets those of its HTTP, disk and JSON libraries through
@@ -102,7 +104,7 @@ def needed_files(repo_id: str, names: Collection[str]) -> list[str]:
     return needed
 
 
-def _download(repo_id: str, revision: str | None, show: bool) -> Path:
+def _download(repo_id: str, revision: str | None, skip: Collection[str], show: bool) -> Path:
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
@@ -110,14 +112,14 @@ def _download(repo_id: str, revision: str | None, show: bool) -> Path:
         info = HfApi().model_info(repo_id, revision=revision, timeout=_TIMEOUT_SECONDS)
     except (HTTPError, OfflineModeIsEnabled) as error:
         try:
-            folder = _cached(repo_id, revision)
+            folder = _cached(repo_id, revision, skip)
         except (LocalEntryNotFoundError, CheckpointError):
             raise error from None  # why the Hub gives nothing matters more than what the cache lacks
         if not isinstance(error, OfflineModeIsEnabled):
             _log.warning("%s Using the copy in the cache.", _explain(error, repo_id, revision))
         return folder
 
-    names = {sibling.rfilename for sibling in info.siblings or ()}
+    names = _wanted((sibling.rfilename for sibling in info.siblings or ()), skip)
     needed = needed_files(repo_id, names)
     bar = _bar_class(show)
     folder = Path(snapshot_download(repo_id, revision=revision, allow_patterns=needed, tqdm_class=bar))
@@ -127,7 +129,7 @@ def _download(repo_id: str, revision: str | None, show: bool) -> Path:
     return folder
 
 
-def _cached(repo_id: str, revision: str | None) -> Path:
+def _cached(repo_id: str, revision: str | None, skip: Collection[str]) -> Path:
     """The snapshot in the cache, if it is whole."""
     from huggingface_hub import snapshot_download
 
@@ -136,14 +138,14 @@ def _cached(repo_id: str, revision: str | None) -> Path:
         return Path(snapshot_download(repo_id, revision=revision, local_files_only=True, allow_patterns=patterns))
 
     folder = find([_MODEL_INDEX])
-    names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    names = _wanted((path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()), skip)
     needed = needed_files(repo_id, names)
     parents = {PurePosixPath(name).parent for name in needed if name != _MODEL_INDEX}
     find([str(parent / file) for parent in parents for file in _SMALL_FILES])
     if _MODEL_INDEX in names:
         index = parse_json_object(folder / _MODEL_INDEX, (folder / _MODEL_INDEX).read_bytes())
-        wanted = [key for key, value in index.items() if _COMPONENT.fullmatch(key) and value != [None, None]]
-        absent = [key for key in wanted if PurePosixPath(key) not in parents]
+        named = [key for key, value in index.items() if _COMPONENT.fullmatch(key) and value != [None, None]]
+        absent = [key for key in named if key not in skip and PurePosixPath(key) not in parents]
         if absent:
             raise CheckpointError(
                 f"{repo_id}: expected {', '.join(absent)} in the cache, found an incomplete download. Fetch"
@@ -151,6 +153,10 @@ def _cached(repo_id: str, revision: str | None) -> Path:
             )
     _shards(repo_id, folder, needed, names)
     return folder
+
+
+def _wanted(names: Iterable[str], skip: Collection[str]) -> set[str]:
+    return {name for name in names if name.partition("/")[0] not in skip}
 
 
 def _shards(repo_id: str, folder: Path, needed: Collection[str], names: Collection[str]) -> list[str]:

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import os
 import re
+from collections.abc import Collection
 from pathlib import Path
 
 from clip_jax.convert.hub import fetch
@@ -32,24 +33,34 @@ def resolve(
     *,
     revision: str | None = None,
     local_files_only: bool = False,
+    skip: Collection[str] = (),
     progress: bool | None = None,
 ) -> Resolved:
-    """Takes a local path as it is; downloads the text encoders and tokenizers of a Hub repo id.
+    """Takes a local path as it is; downloads the text encoders and tokenizers of a Hub repo id, less `skip`.
 
     Raises:
         CheckpointError: No such path, and not a repo that can be had.
     """
+    if not os.fspath(source):
+        raise CheckpointError("The source is empty; expected a folder, a Hub repo id (owner/name), or random:FAMILY.")
     path = Path(source)
     with contextlib.suppress(RuntimeError):  # no such user: then it is no path either
         path = path.expanduser()
-    if path.exists():
+    if _exists(path):
         return Resolved(path, path.resolve().name)
     if not isinstance(source, str) or not _REPO_ID.fullmatch(source):
         raise CheckpointError(
             f"{os.fspath(source)!r} does not exist. Expected a folder, a Hub repo id (owner/name), or random:FAMILY."
         )
     try:
-        snapshot = fetch(source, revision=revision, local_files_only=local_files_only, progress=progress)
+        snapshot = fetch(source, revision=revision, local_files_only=local_files_only, skip=skip, progress=progress)
     except CheckpointError as error:
         raise CheckpointError(f"{source!r} is not a local folder; as a Hub repo: {error}") from error
     return Resolved(snapshot, f"{source}@{snapshot.name}")
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a name that no file can have
+        return False

@@ -97,7 +97,7 @@ def no_weights(where: str, names: Iterable[str]) -> CheckpointError:
     foreign = [name for name in names if _FOREIGN.fullmatch(name)]
     others = [name for name in names if name.endswith(".safetensors")]
     if others:
-        hint = f"found {_listed(others)}. Give the path of the file itself, if that is what to load."
+        hint = f"found {_listed(others)}. Rename the one to load."
     elif foreign:
         hint = f"found {_listed(foreign)}. {ONLY_SAFETENSORS}"
     else:

@@ -286,7 +286,7 @@ def test_convert_options(tiny_sd15, tmp_path, capsys):
         ("convert {tmp}/nowhere {tmp}/out", "'{tmp}/nowhere' does not exist."),
         ("convert {model} {tmp}/out", "{model} is an Orbax folder; expected a checkpoint in a foreign layout."),
         ("convert {source} {tmp} --overwrite", "{tmp} is not a checkpoint written by clip_jax"),
-        ("convert {source} {long}/out --family sd15", "[Errno 17] File exists: '{long}'"),
+        ("convert {source} {long}/out --family sd15", "{long}/out cannot be written: [Errno 17] File exists: '{long}'"),
         ("convert {source} {tmp}/out --family sd15 --dtype int4", "dtype must be one of float32, bfloat16, "),
         ("embed x --model {model} --out {tmp}/a.csv", "--out must end in .safetensors or .npz, found 'a.csv'."),
         ("embed x --model {model} --out {tmp}/npz", "--out must end in .safetensors or .npz, found 'npz'."),

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ import pytest
 
 import clip_jax
 from clip_jax import FAMILIES, CheckpointError, ClipJaxError, ConfigError, PromptTooLongError, Tokens, text_embeddings
-from tests.checkpoints import TINY, TINY_G, TINY_T5, t5_state, write_family, write_text_encoder
+from tests.checkpoints import TINY, TINY_G, TINY_T5, hf_state, t5_state, write_family, write_text_encoder
 
 L, G, T5 = TINY.hidden_size, TINY_G.hidden_size, TINY_T5.d_model
 
@@ -270,6 +271,11 @@ def test_float16_keeps_wo_of_t5_in_float32(folders, tmp_path):
         ("flux", {"max_sequence_length": 0}, "max_sequence_length must be an int from 1 to 512, found 0"),
         ("flux", {"clip_skip": 1}, "flux takes no clip_skip"),
         ("sdxl", {"clip_skip": 3}, "clip_skip must be an int from 0 to 2 for clip_l, found 3"),
+        ("sdxl", {"negative_prompt": "x", "clip_skip_negative": 9}, "clip_skip_negative must be an int from 0 to 2"),
+        ("sdxl", {"clip_skip_negative": 9}, "clip_skip_negative must be an int from 0 to 2 for clip_l, found 9"),
+        ("flux", {"clip_skip_negative": 1}, "flux takes no clip_skip_negative"),
+        ("sd15", {"guidance": "no"}, "guidance must be True, False or None, found 'no'"),
+        ("sd3", {"prompt_2": []}, "prompt_2 has 0 entries for 1 prompts"),
         ("sdxl", {"prompt_2": ["a", "b"]}, "prompt_2 has 2 entries for 1 prompts"),
         ("sd3", {"negative_prompt_3": ["a", "b"]}, "negative_prompt_3 has 2 entries for 1 prompts"),
         ("flux", {"prompt_2": 7}, "prompt_2 must be a str or a list of str, found int"),
@@ -302,8 +308,6 @@ class TestBadFolders:
             clip_jax.load(folder)
 
     def test_the_folder_of_a_tower_is_missing(self, tmp_path):
-        import shutil
-
         shutil.rmtree(write_family(tmp_path, FAMILIES["sd3"]) / "text_encoder_3")
         with pytest.raises(CheckpointError, match="lacks the folders text_encoder_3, which its model_index.json names"):
             clip_jax.load(tmp_path)
@@ -363,8 +367,6 @@ class TestBadFolders:
             clip_jax.load(folder)
 
     def test_t5_without_a_tokenizer(self, tmp_path, folders):
-        import shutil
-
         shutil.rmtree(write_family(tmp_path, FAMILIES["flux"]) / "tokenizer_2")
         with pytest.raises(CheckpointError, match="No T5 tokenizer in .*tokenizer_2"):
             clip_jax.load(tmp_path)
@@ -409,6 +411,73 @@ def test_a_new_family_is_a_file_and_a_name_in_the_list(folders, tmp_path, monkey
     sdxl = clip_jax.load(folders["sdxl"])("a cat", "bad").prompt_embeds
     np.testing.assert_allclose(out.prompt_embeds[..., :G], sdxl[..., L:], atol=1e-5)
     assert out.pooled_prompt_embeds.shape == (2, G)
+
+
+def test_towers_of_different_batches_are_refused(encoders):
+    encoder = encoders["sdxl"]
+    tokens = encoder.tokenize(["a", "b"], guidance=False)
+    tokens.cond["clip_g"] = tokens.cond["clip_g"][:1]
+    with pytest.raises(ClipJaxError, match=r"one batch of token ids in all towers, found the sizes \[1, 2\]"):
+        encoder.encode(tokens)
+    with pytest.raises(ClipJaxError, match="both uncond and zero_uncond"):
+        text_embeddings(
+            encoder.params, dataclasses.replace(encoder.tokenize("a", "b"), zero_uncond=True), family=encoder.family
+        )
+
+
+def test_random_weights_of_t5_are_not_all_zeros(monkeypatch):
+    flux = FAMILIES["flux"]
+    small = flux.with_configs({"clip_l": TINY, "t5": TINY_T5})
+    monkeypatch.setitem(FAMILIES, "flux", small)
+    with pytest.warns(UserWarning, match="random:flux has random weights"):
+        encoder = clip_jax.load("random:flux")
+    one, other = encoder("a cat").prompt_embeds, encoder("two dogs").prompt_embeds
+    assert np.abs(one).max() > 0.1
+    assert not np.allclose(one, other, atol=1e-3)
+
+
+def test_a_tower_that_is_left_out_need_not_be_there(tmp_path):
+    folder = write_family(tmp_path, FAMILIES["sd3"])
+    (folder / "text_encoder_3" / "config.json").write_text("damaged")
+    with pytest.raises(CheckpointError, match="is not valid JSON"):
+        clip_jax.load(folder)
+    assert clip_jax.load(folder, without="t5").params.keys() == {"clip_l", "clip_g"}
+    shutil.rmtree(folder / "text_encoder_3")
+    assert clip_jax.load(folder, without=["t5"])("a", prompt_3="ignored").prompt_embeds.shape == (2, 333, 4096)
+
+
+def test_force_zeros_is_for_the_families_that_know_it(tmp_path):
+    folder = write_family(tmp_path, FAMILIES["sd15"])
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"force_zeros_for_empty_prompt": True}))
+    assert clip_jax.load(folder, family="sd15")("a cat").uncond.prompt_embeds.any()
+    folder = write_family(tmp_path / "xl", FAMILIES["sdxl"])
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"force_zeros_for_empty_prompt": "no"}))
+    with pytest.raises(CheckpointError, match="force_zeros_for_empty_prompt must be true or false, found 'no'"):
+        clip_jax.load(folder)
+
+
+def test_the_default_length_given_by_name_compiles_nothing_new(encoders):
+    encoders["flux"]("a cat")
+    before = text_embeddings._cache_size()
+    encoders["flux"]("a cat", max_sequence_length=512)
+    assert text_embeddings._cache_size() == before
+
+
+def test_half_precision_params_are_computed_with_in_half_precision(folders):
+    encoder = clip_jax.load(folders["flux"], dtype="float16")
+    out = text_embeddings(encoder.params, encoder.tokenize("a cat"), family=encoder.family)
+    assert out.prompt_embeds.dtype == jnp.float16
+    with pytest.raises(ClipJaxError, match="must be floating point"):
+        text_embeddings(encoder.params, encoder.tokenize("a cat"), family=encoder.family, dtype=jnp.int32)
+
+
+def test_long_clip_without_a_tokenizer_takes_all_its_positions(tmp_path):
+    long = dataclasses.replace(TINY, max_position_embeddings=248)
+    write_text_encoder(tmp_path, long.to_hf(), hf_state(long))
+    encoder = clip_jax.load(tmp_path, family="sd15")
+    assert encoder(" ".join(["cat"] * 200)).prompt_embeds.shape == (2, 248, L)
 
 
 def test_time_ids():

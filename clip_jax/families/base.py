@@ -11,7 +11,7 @@ from typing import Literal
 
 import jax
 
-from clip_jax.config import TowerConfig
+from clip_jax.config import ClipTextConfig, TowerConfig
 from clip_jax.errors import ClipJaxError
 
 
@@ -79,8 +79,8 @@ class Family:
         pipelines: The `_class_name`s of `model_index.json` that belong to it.
         towers: Its text encoders.
         guidance: Whether the unconditional rows are part of the batch by default.
-        zero_negative: Whether no negative prompt means zeros rather than the empty prompt (diffusers'
-            `force_zeros_for_empty_prompt`).
+        zero_negative: Whether no negative prompt means zeros rather than the empty prompt.
+        zero_negative_key: The key of `model_index.json` that decides that, where there is one.
         max_sequence_length: How many tokens T5 is given by default; None without T5.
         text_ids: Whether the pipeline wants `text_ids` too.
         join: Outputs of the towers and `max_sequence_length` to the conditioning; pure.
@@ -92,6 +92,7 @@ class Family:
     towers: tuple[Tower, ...]
     guidance: bool = True
     zero_negative: bool = False
+    zero_negative_key: str | None = None
     max_sequence_length: int | None = None
     text_ids: bool = False
     join: Callable[[Mapping[str, TowerOutput], int | None], Joined] = only_tower
@@ -109,13 +110,19 @@ class Family:
         towers = tuple(dataclasses.replace(tower, config=configs[tower.name]) for tower in self.towers)
         return dataclasses.replace(self, towers=towers)
 
-    def without(self, names: Iterable[str]) -> Family:
+    def row_length(self, tower: Tower, model_max_length: int, max_sequence_length: int | None = None) -> int:
+        """How many tokens a tower is given: those of CLIP's positions or of its tokenizer, or T5's rows."""
+        if isinstance(tower.config, ClipTextConfig):
+            return min(model_max_length, tower.config.max_position_embeddings)
+        return max_sequence_length or self.max_sequence_length or model_max_length
+
+    def without(self, names: str | Iterable[str]) -> Family:
         """The same family without some of its towers.
 
         Raises:
             ClipJaxError: It has no such tower, or does not work without it.
         """
-        names = set(names)
+        names = {names} if isinstance(names, str) else set(names)
         unknown = names - {tower.name for tower in self.towers if tower.optional}
         if unknown:
             optional = [tower.name for tower in self.towers if tower.optional]

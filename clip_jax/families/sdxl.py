@@ -67,6 +67,7 @@ SDXL = Family(
     pipelines=frozenset(f"StableDiffusionXL{task}Pipeline" for task in _TASKS),
     towers=(CLIP_L, CLIP_G),
     zero_negative=True,
+    zero_negative_key="force_zeros_for_empty_prompt",
     join=_join,
 )
 
@@ -80,5 +81,6 @@ SDXL_REFINER = Family(
     title="Stable Diffusion XL refiner",
     pipelines=SDXL.pipelines,
     towers=(dataclasses.replace(CLIP_G, prompt="prompt"),),
+    zero_negative_key="force_zeros_for_empty_prompt",
     join=_join_refiner,
 )

@@ -1,5 +1,9 @@
 """Flax Linen modules: token ids -> hidden states. No files, no checkpoint keys, no families."""
 
+import jax
+import jax.numpy as jnp
+import jax.typing
+
 from clip_jax.config import ClipTextConfig, TowerConfig
 from clip_jax.models.clip_text import ClipTextModel as ClipTextModel
 from clip_jax.models.clip_text import ClipTextOutput as ClipTextOutput
@@ -7,6 +11,6 @@ from clip_jax.models.t5 import T5Encoder as T5Encoder
 from clip_jax.models.t5 import T5Output as T5Output
 
 
-def model_of(config: TowerConfig) -> ClipTextModel | T5Encoder:
-    """The module of an architecture, float32."""
-    return ClipTextModel(config) if isinstance(config, ClipTextConfig) else T5Encoder(config)
+def model_of(config: TowerConfig, dtype: jax.typing.DTypeLike = jnp.float32) -> ClipTextModel | T5Encoder:
+    """The module of an architecture, computing in `dtype`."""
+    return ClipTextModel(config, dtype) if isinstance(config, ClipTextConfig) else T5Encoder(config, dtype)

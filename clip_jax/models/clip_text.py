@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import jax.typing
 
 from clip_jax.config import ClipTextConfig
+from clip_jax.errors import ClipJaxError
 from clip_jax.models import functional
 
 
@@ -205,11 +206,11 @@ class ClipTextModel(_Module):
             position_ids: [B, L] or [1, L] int; 0 .. L-1 by default.
 
         Raises:
-            ValueError: More tokens than positions.
+            ClipJaxError: More tokens than positions.
         """
         length, positions = input_ids.shape[-1], self.config.max_position_embeddings
         if length > positions:  # an out-of-range gather would silently repeat the last position
-            raise ValueError(f"input_ids has {length} tokens per row, the model has {positions} positions.")
+            raise ClipJaxError(f"input_ids has {length} tokens per row, the model has {positions} positions.")
         hidden_states, end = self.text_model(input_ids, attention_mask, position_ids)
         last_hidden_state, pooled = self.final_norm(hidden_states[-1]), self.final_norm(end)[:, 0]
         projected = self.text_projection(pooled) if self.config.projection_dim is not None else None

@@ -27,7 +27,10 @@ def staged_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """
     out = Path(os.path.abspath(out))
     prefix = f".{out.name}.clip-jax-"
-    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"{out} cannot be written: {error}. Choose another place.") from error
     _recover(out, prefix)
     check_free(out, overwrite)
     nameless = Path(tempfile.mkdtemp(prefix=".clip-jax-", dir=out.parent))

@@ -320,7 +320,7 @@ MEMORY = """
     small, large, out = sys.argv[1:]
     convert(small, out, family="sd15")  # imports, and the buffers that stay
     seen, done = [anonymous()], threading.Event()
-    thread = threading.Thread(target=watch)
+    thread = threading.Thread(target=watch, daemon=True)
     thread.start()
     convert(large, out, family="sd15", overwrite=True)
     done.set()
@@ -337,21 +337,14 @@ def disk(tmp_path):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc/self/status is Linux'")
-def test_memory_is_bounded_by_a_few_blocks_of_the_model(tiny_sd15, disk):
-    config = ClipTextConfig(
-        hidden_size=768,
-        intermediate_size=3072,
-        num_hidden_layers=14,
-        num_attention_heads=12,
-        hidden_act="quick_gelu",
-        vocab_size=4096,  # an embedding smaller than a block
-    )
-    source = write_large(disk / "source", config)
+def test_memory_is_bounded_by_a_fraction_of_the_model(tiny_sd15, disk):
+    """At the size of SD 1.5, whose embedding alone is a third of the model."""
+    source = write_large(disk / "source", ClipTextConfig.sd15())
     size = (source / "model.safetensors").stat().st_size
-    assert size > 400e6
+    assert size > 490e6
 
     command = [sys.executable, "-c", textwrap.dedent(MEMORY), tiny_sd15, source, disk / "out"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
 
     assert int(done.stdout) < size / 2
 

@@ -310,12 +310,12 @@ def test_a_second_text_encoder_that_the_model_index_does_not_name_is_not_read(pi
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "json is not readable JSON: Expecting property name"),
-        ("", "json is not readable JSON: Expecting value"),
-        ("[1]", "json holds a JSON list; expected an object"),
-        ("[" * 100_000, "json is not readable JSON: "),
-        (LFS_POINTER, "json is not readable JSON: "),
-        (b"\xff\xfe", "json is not readable JSON: 'utf-8' codec"),
+        ("{", "json is not valid JSON .Expecting property name"),
+        ("", "json is not valid JSON .Expecting value"),
+        ("[1]", "json: expected a JSON object, found a list"),
+        ("[" * 100_000, "json is not valid JSON .maximum recursion depth"),
+        (LFS_POINTER, "json is a Git LFS pointer, not the file itself: run `git lfs pull`"),
+        (b"\xff\xfe", "json: expected UTF-8 text, found 'utf-8' codec"),
     ],
     ids=["cut", "empty", "list", "deep", "lfs", "utf-16"],
 )

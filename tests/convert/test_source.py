@@ -62,7 +62,7 @@ def test_the_order_in_which_names_are_tried(tmp_path):
         ),
         (["flax_model.msgpack", "tf_model.h5"], "found flax_model.msgpack, tf_model.h5. Only safetensors"),
         (["t5-xxl-Q4_K.gguf"], "found t5-xxl-Q4_K.gguf. Only safetensors"),
-        (["clip_l.safetensors", "x.bin"], "found clip_l.safetensors. Give the path of the file itself"),
+        (["clip_l.safetensors", "x.bin"], "found clip_l.safetensors. Rename the one to load"),
     ],
 )
 def test_no_weights_of_a_usual_name(tmp_path, names, message):
