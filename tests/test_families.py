@@ -244,7 +244,7 @@ def test_clip_skip_counts_from_the_penultimate_layer(encoders, skip):
 
 def test_bfloat16_and_float16_are_near_float32(folders, encoders):
     exact = encoders["sd3"]("a cat", "bad")
-    for dtype, tolerance in (("bfloat16", 0.03), ("float16", 0.01)):
+    for dtype, tolerance in (("bfloat16", 0.02), ("float16", 0.005)):
         encoder = clip_jax.load(folders["sd3"], dtype=dtype)
         out = encoder("a cat", "bad")
         for ours, reference in zip(jax.tree.leaves(out), jax.tree.leaves(exact), strict=True):
