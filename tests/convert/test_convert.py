@@ -24,7 +24,14 @@ from clip_jax.params.checkpoint import versions
 from clip_jax.params.shapes import param_shapes
 from tests.checkpoints import TINY, digests, hf_state, write_pipeline, write_shards, write_text_encoder
 
-COMMAND = [sys.executable, "-c", "from clip_jax.cli import main; raise SystemExit(main())"]
+# Listens to Ctrl-C even as the child of a shell's background job, which does not.
+SCRIPT = """
+import signal
+from clip_jax.cli import main
+signal.signal(signal.SIGINT, signal.default_int_handler)
+raise SystemExit(main())
+"""
+COMMAND = [sys.executable, "-c", SCRIPT]
 
 
 @pytest.fixture(scope="module")
