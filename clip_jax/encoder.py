@@ -290,8 +290,10 @@ def _by_argument(prefix: str, first: str | Sequence[str], *others: str | Sequenc
     prompts = {f"{prefix}prompt": Prompts.of(first, f"{prefix}prompt")}
     for i, other in enumerate(others, start=2):
         name = f"{prefix}prompt_{i}"
-        absent = other is None or (isinstance(other, str) and not other)
-        prompts[name] = prompts[f"{prefix}prompt"] if absent else Prompts.of(other, name)
+        if other is None or (isinstance(other, str) and not other):
+            prompts[name] = prompts[f"{prefix}prompt"]
+        else:
+            prompts[name] = Prompts.of(other, name)
     return prompts
 
 
