@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
 from clip_jax.errors import ConfigError
+from clip_jax.hf_fields import check_fields
 from clip_jax.t5_config import T5EncoderConfig as T5EncoderConfig
 
 #: `hidden_act` in a transformers config. "gelu" is the exact (erf) form there, "gelu_new" the tanh form.
@@ -189,19 +189,13 @@ class ClipTextConfig:
                 raise ConfigError("text_config and text_config_dict must be objects; correct config.json.")
             nested = {**parts[0], **parts[1]}
             text = {**nested, "projection_dim": config.get("projection_dim", _HF_DEFAULTS["projection_dim"])}
-        for name, allowed in _HF_REFUSED_UNLESS.items():
-            if text.get(name) not in allowed:
-                raise ConfigError(
-                    f"The config has {name}={text[name]!r}, which ClipTextModel cannot honour: it computes "
-                    f"causal attention over learned absolute positions, in floating point."
-                )
-        unknown = sorted(set(text) - set(_HF_DEFAULTS) - _HF_WITHOUT_EFFECT - set(_HF_REFUSED_UNLESS))
-        if unknown:
-            warnings.warn(
-                f"The config has fields unknown to clip_jax, which are ignored: {', '.join(unknown)}.",
-                UserWarning,
-                stacklevel=2,
-            )
+        check_fields(
+            text,
+            {*_HF_DEFAULTS, *_HF_WITHOUT_EFFECT},
+            _HF_REFUSED_UNLESS,
+            model="ClipTextModel",
+            computes="causal attention over learned absolute positions, in floating point",
+        )
         # An explicit null means the default, as in transformers.
         known = {k: d if text.get(k) is None else text[k] for k, d in _HF_DEFAULTS.items()}
         projects = model_type == "clip" or "CLIPTextModelWithProjection" in (config.get("architectures") or ())

@@ -277,7 +277,9 @@ class TextEncoder:
     def _without_tails(self, tokens: Tokens) -> Tokens:
         sides = [side for side in (tokens.uncond, tokens.cond) if side is not None]
         for tower in self.family.towers:
-            if tower.pooled_only and isinstance(tower.config, ClipTextConfig):
+            if not isinstance(tower.config, ClipTextConfig) or not all(tower.name in side for side in sides):
+                continue  # that a tower's ids are missing is for `text_embeddings` to say
+            if tower.pooled_only:
                 ends = [np.argmax(side[tower.name] == tower.config.eos_token_id, axis=-1) for side in sides]
                 length = _bucket(max(int(end.max()) for end in ends) + 1, _LENGTHS)
                 sides = [{**side, tower.name: side[tower.name][:, :length]} for side in sides]

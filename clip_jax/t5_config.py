@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
 from clip_jax.errors import ConfigError
+from clip_jax.hf_fields import check_fields
 
 # transformers' T5Config defaults: what an absent key means (configuration_t5.py).
 _HF_DEFAULTS: dict[str, Any] = {
@@ -121,20 +121,13 @@ class T5EncoderConfig:
                 f"The config has feed_forward_proj={projection!r} ({kind}), expected 'gated-gelu' (T5 v1.1): "
                 f"T5Encoder is gated by the tanh form of GELU."
             )
-        for name, allowed in _HF_REFUSED_UNLESS.items():
-            if config.get(name) not in allowed:
-                raise ConfigError(
-                    f"The config has {name}={config[name]!r}, which T5Encoder cannot honour: it computes the "
-                    f"encoder of T5 v1.1, gated by the tanh form of GELU, in floating point."
-                )
-        known = {*_HF_DEFAULTS, *_HF_WITHOUT_EFFECT, *_HF_REFUSED_UNLESS, "feed_forward_proj"}
-        unknown = sorted(set(config) - known)
-        if unknown:
-            warnings.warn(
-                f"The config has fields unknown to clip_jax, which are ignored: {', '.join(unknown)}.",
-                UserWarning,
-                stacklevel=2,
-            )
+        check_fields(
+            config,
+            {*_HF_DEFAULTS, *_HF_WITHOUT_EFFECT, "feed_forward_proj"},
+            _HF_REFUSED_UNLESS,
+            model="T5Encoder",
+            computes="the encoder of T5 v1.1, gated by the tanh form of GELU, in floating point",
+        )
         # An explicit null means the default, as in transformers.
         return cls(**{k: d if config.get(k) is None else config[k] for k, d in _HF_DEFAULTS.items()})
 

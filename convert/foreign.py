@@ -159,7 +159,7 @@ class ForeignCheckpoint:
         }
 
 
-def open_foreign(path: Path, *, family: str | None = None, without: str | Iterable[str] = ()) -> ForeignCheckpoint:
+def open_foreign(path: Path, *, family: str | None = None, without: Iterable[str] = ()) -> ForeignCheckpoint:
     """Opens a folder in a foreign layout, finds out its family, and pairs parameters with tensors.
 
     Args:
@@ -172,7 +172,7 @@ def open_foreign(path: Path, *, family: str | None = None, without: str | Iterab
             architecture.
         ConfigError: A `config.json` that cannot be honoured.
     """
-    without = {without} if isinstance(without, str) else set(without)
+    without = set(without)
     found = read_components(path, skip=folders_of(without))
     matched = find_family(path, found, family)
     absent = {t.name for t in matched.towers if t.optional and not ({"", t.folder} & found.components.keys())}

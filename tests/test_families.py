@@ -419,6 +419,8 @@ def test_towers_of_different_batches_are_refused(encoders):
     tokens.cond["clip_g"] = tokens.cond["clip_g"][:1]
     with pytest.raises(ClipJaxError, match=r"one batch of token ids in all towers, found the sizes \[1, 2\]"):
         encoder.encode(tokens)
+    with pytest.raises(ClipJaxError, match="tokens.cond has t5"):
+        encoders["flux"].encode(Tokens(cond={"t5": np.ones((1, 8), np.int32)}))
     with pytest.raises(ClipJaxError, match="both uncond and zero_uncond"):
         text_embeddings(
             encoder.params, dataclasses.replace(encoder.tokenize("a", "b"), zero_uncond=True), family=encoder.family
