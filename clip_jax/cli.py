@@ -1,4 +1,4 @@
-"""`clip-jax convert | embed | tokenize | info`: the API from a shell, and nothing that it lacks."""
+"""`clip-jax convert | export | embed | tokenize | info`: the API from a shell, and nothing that it lacks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from clip_jax.structs import TextEmbeddings
 
 _OUT_FORMATS = (".safetensors", ".npz")
-_SOURCE_HELP = "converted folder, diffusers folder, text encoder folder, Hub repo id, or random:FAMILY"
+_FOREIGN_HELP = "diffusers folder, text encoder folder, file of weights (or several), or Hub repo id"
+_SOURCE_HELP = f"converted folder, {_FOREIGN_HELP}, or random:FAMILY"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -67,12 +68,20 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     convert = _command(commands, "convert", _convert, "convert a checkpoint to an Orbax folder")
-    convert.add_argument("source", metavar="SRC", help="diffusers folder, text encoder folder, or Hub repo id")
+    convert.add_argument("source", metavar="SRC", nargs="+", help=_FOREIGN_HELP)
     convert.add_argument("out", metavar="OUT", type=Path, help="folder to make")
-    convert.add_argument("--dtype", help="of the stored params; by default that of the source")
+    convert.add_argument("--dtype", help="of the stored params; by default that of the source, bfloat16 if quantised")
     convert.add_argument("--without", metavar="TOWER", action="append", default=[], help="leave out a tower: t5 of sd3")
+    convert.add_argument("--verify", action="store_true", help="compare what both compute on a few prompts")
     convert.add_argument("--overwrite", action="store_true", help="replace a checkpoint that is at OUT")
     _add_source_options(convert)
+    _add_reading_options(convert)
+
+    export = _command(commands, "export", _export, "write a converted folder as safetensors that others read")
+    export.add_argument("source", metavar="MODEL", help="folder written by `clip-jax convert`")
+    export.add_argument("out", metavar="OUT", type=Path, help="folder to make")
+    export.add_argument("--format", choices=("hf",), default="hf", help="diffusers folder, transformers' names")
+    export.add_argument("--overwrite", action="store_true", help="replace an export that is at OUT")
 
     embed = _command(commands, "embed", _embed, "encode prompts")
     _add_prompt(embed)
@@ -81,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     embed.add_argument("--negative", metavar="TEXT", help="negative prompt, for all prompts")
     embed.add_argument("--negative-2", metavar="TEXT", help="for the second text encoder (default: --negative)")
     embed.add_argument("--negative-3", metavar="TEXT", help="for the third text encoder (default: --negative)")
-    embed.add_argument("--model", metavar="SRC", required=True, help=_SOURCE_HELP)
+    embed.add_argument("--model", metavar="SRC", required=True, action="append", help=_SOURCE_HELP)
     embed.add_argument("--dtype", default="float32", help="of the computation: float32, bfloat16 or float16")
     embed.add_argument(
         "--guidance",
@@ -96,16 +105,19 @@ def _parser() -> argparse.ArgumentParser:
     embed.add_argument("--out", metavar="FILE", type=Path, help="write the embeddings to .safetensors or .npz")
     embed.add_argument("--overwrite", action="store_true", help="replace FILE if it is there")
     _add_source_options(embed)
+    _add_reading_options(embed)
 
     tokenize = _command(commands, "tokenize", _tokenize, "show the tokens of prompts, and what would be cut")
     _add_prompt(tokenize)
     tokenize.add_argument("--max-sequence-length", type=int, metavar="L", help="tokens of T5, at most 512")
-    tokenize.add_argument("--model", metavar="SRC", default="random:sd15", help=f"{_SOURCE_HELP} (%(default)s)")
+    tokenize.add_argument("--model", metavar="SRC", action="append", help=f"{_SOURCE_HELP} (random:sd15)")
     _add_source_options(tokenize)
+    _add_config_options(tokenize)
 
     info = _command(commands, "info", _info, "show what a model holds, without reading its weights")
-    info.add_argument("model", metavar="MODEL", help=_SOURCE_HELP)
+    info.add_argument("model", metavar="MODEL", nargs="+", help=_SOURCE_HELP)
     _add_source_options(info)
+    _add_config_options(info, tokenizer=False)
     return parser
 
 
@@ -125,6 +137,45 @@ def _add_source_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--family", help="where it cannot be told from the source: sd15, sd21, ...")
     command.add_argument("--revision", help="branch, tag or commit of a Hub repo")
     command.add_argument("--local-files-only", action="store_true", help="take a Hub repo from the local cache")
+
+
+def _add_config_options(command: argparse.ArgumentParser, *, tokenizer: bool = True) -> None:
+    text = "config.json of a tower, where a file of weights does not tell"
+    command.add_argument("--config", metavar="TOWER=FILE", action="append", default=[], help=text)
+    if tokenizer:
+        text = "tokenizer to use instead of the source's"
+        command.add_argument("--tokenizer", metavar="TOWER=FOLDER", action="append", default=[], help=text)
+
+
+def _add_reading_options(command: argparse.ArgumentParser) -> None:
+    _add_config_options(command)
+    command.add_argument(
+        "--text-projection",
+        choices=("auto", "as_is", "transpose"),
+        default="auto",
+        help="how text_projection is stored, where its name says otherwise: as_is is [D, P]",
+    )
+
+
+def _by_tower(option: str, given: Sequence[str]) -> dict[str, str]:
+    pairs = dict(pair.split("=", 1) for pair in given if "=" in pair)
+    if len(pairs) < len(given):
+        raise ClipJaxError(f"{option} expects TOWER=PATH, each tower once; found {' '.join(given)}.")
+    return pairs
+
+
+def _reading_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The options of `load` and `convert` that say how to read a source."""
+    options = {**_source_options(arguments), "config": _by_tower("--config", arguments.config)}
+    if "tokenizer" in arguments:
+        options["tokenizer"] = _by_tower("--tokenizer", arguments.tokenizer)
+    if "text_projection" in arguments:
+        options["text_projection"] = arguments.text_projection
+    return options
+
+
+def _one_or_all(sources: Sequence[str]) -> str | Sequence[str]:
+    return sources[0] if len(sources) == 1 else sources
 
 
 def _source_options(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -148,14 +199,21 @@ def _convert(arguments: argparse.Namespace) -> None:
     from clip_jax.convert import convert
 
     out = convert(
-        arguments.source,
+        _one_or_all(arguments.source),
         arguments.out,
         dtype=arguments.dtype,
         without=arguments.without,
+        verify=arguments.verify,
         overwrite=arguments.overwrite,
-        **_source_options(arguments),
+        **_reading_options(arguments),
     )
     _print_info(str(out))
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    from clip_jax.convert import export
+
+    print(f"wrote {export(arguments.source, arguments.out, format=arguments.format, overwrite=arguments.overwrite)}")
 
 
 def _embed(arguments: argparse.Namespace) -> None:
@@ -164,7 +222,8 @@ def _embed(arguments: argparse.Namespace) -> None:
     prompts = _prompts(arguments)
     from clip_jax.loading import load
 
-    encoder = load(arguments.model, dtype=arguments.dtype, without=arguments.without, **_source_options(arguments))
+    model = _one_or_all(arguments.model)
+    encoder = load(model, dtype=arguments.dtype, without=arguments.without, **_reading_options(arguments))
     start = time.perf_counter()
     tokens = encoder.tokenize(
         prompts,
@@ -239,8 +298,9 @@ def _write(path: Path, out: TextEmbeddings) -> None:
 def _tokenize(arguments: argparse.Namespace) -> None:
     from clip_jax.loading import info, load_tokenizers
 
-    family = info(arguments.model, **_source_options(arguments)).family
-    tokenizers = load_tokenizers(arguments.model, **_source_options(arguments))
+    model, options = _one_or_all(arguments.model or ["random:sd15"]), _reading_options(arguments)
+    tokenizers = load_tokenizers(model, **options)
+    family = info(model, **{name: option for name, option in options.items() if name != "tokenizer"}).family
     for prompt in _prompts(arguments):
         for name, tokenizer in tokenizers.items():
             length = family.row_length(family.tower(name), tokenizer.model_max_length, arguments.max_sequence_length)
@@ -254,10 +314,10 @@ def _tokenize(arguments: argparse.Namespace) -> None:
 
 
 def _info(arguments: argparse.Namespace) -> None:
-    _print_info(arguments.model, **_source_options(arguments))
+    _print_info(_one_or_all(arguments.model), **_reading_options(arguments))
 
 
-def _print_info(source: str, **options: Any) -> None:
+def _print_info(source: str | Sequence[str], **options: Any) -> None:
     from clip_jax.loading import info
 
     model = info(source, **options)

@@ -8,7 +8,7 @@ import os
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -16,18 +16,20 @@ import jax.typing
 import numpy as np
 
 from clip_jax.config import ClipTextConfig, TowerConfig
+from clip_jax.convert.components import ConfigLike, read_configs
 from clip_jax.convert.detect import family_called, folders_of
 from clip_jax.convert.foreign import open_foreign
-from clip_jax.convert.resolve import resolve
+from clip_jax.convert.layouts import Projection
+from clip_jax.convert.resolve import SourceLike, resolve_all
 from clip_jax.encoder import TextEncoder
-from clip_jax.errors import CheckpointError, ClipJaxError
+from clip_jax.errors import CheckpointError
 from clip_jax.families import FAMILIES, Family
 from clip_jax.params import cast
 from clip_jax.params import checkpoint as ckpt
 from clip_jax.params.random import random_tensor
 from clip_jax.params.shapes import TensorSpec, param_shapes, unflatten
 from clip_jax.progress import byte_bar
-from clip_jax.tokenizers import ClipTokenizer, RowTokenizer, check_vocabulary, read_tokenizer
+from clip_jax.tokenizers import ClipTokenizer, RowTokenizer, choose_tokenizers, read_tokenizer
 from clip_jax.tokenizers.stand_in import stand_in_t5_tokenizer
 
 Specs = dict[str, dict[str, TensorSpec]]
@@ -133,12 +135,14 @@ class ModelInfo:
 
 
 def load(
-    source: str | os.PathLike[str],
+    source: SourceLike,
     *,
     family: str | None = None,
     dtype: jax.typing.DTypeLike = jnp.float32,
     param_dtype: jax.typing.DTypeLike | None = None,
     without: str | Iterable[str] = (),
+    config: Mapping[str, ConfigLike] | None = None,
+    text_projection: Projection = "auto",
     tokenizer: str | os.PathLike[str] | Mapping[str, str | os.PathLike[str]] | None = None,
     revision: str | None = None,
     local_files_only: bool = False,
@@ -147,13 +151,18 @@ def load(
     """Loads the text encoders of a pipeline.
 
     Args:
-        source: A folder written by `clip-jax convert`; a diffusers folder, or that of one text encoder; a Hub
-            repo id, of which only the text encoders and tokenizers are downloaded; or "random:sd15", the
-            full-size architecture with seeded random weights.
+        source: A folder written by `clip-jax convert`; a diffusers folder, or that of one text encoder; a file of
+            weights in any format, or a list of those that make up a family; a Hub repo id, of which only the text
+            encoders and tokenizers are downloaded; or "random:sd15", the full-size architecture with seeded random
+            weights.
         family: "sd15", "sd21", ...; None finds out. A wrong one is an error.
         dtype: Of the computation and of the embeddings: float32, bfloat16 or float16.
         param_dtype: Of the parameters in memory; None means `dtype`.
         without: Towers to leave out: "t5" of SD 3, whose rows are zeros then.
+        config: Tower name -> architecture, where a file of weights does not tell (a config, a dict, or the path of
+            a `config.json`).
+        text_projection: "auto" takes `text_projection` of a foreign checkpoint for what its name says; "as_is"
+            takes it as [D, P], used as `x @ text_projection`, "transpose" as [P, D].
         tokenizer: A tokenizer folder to use instead of the source's, or tower name -> folder.
         revision: Branch, tag or commit of a Hub repo.
         local_files_only: Takes a Hub repo from the local cache, without asking the network.
@@ -163,9 +172,11 @@ def load(
         CheckpointError: The source is not there, not whole, or of another model or family.
         ConfigError: Its `config.json` asks for something that cannot be honoured.
     """
+    hub = _Hub(revision, local_files_only, progress)
     names = {without} if isinstance(without, str) else set(without)
-    opened = _open(source, family, names, revision, local_files_only, progress)
-    tokenizers = _tokenizers(opened, tokenizer)
+    opened = _open(source, family, names, hub, config, text_projection)
+    configs = {tower.name: tower.config for tower in opened.family.towers}
+    tokenizers = choose_tokenizers(configs, opened.tokenizer, tokenizer)
     if isinstance(opened, _Random):
         warnings.warn(
             f"{source} has random weights: the embeddings have the right shapes and no meaning.",
@@ -182,9 +193,11 @@ def load(
 
 
 def info(
-    source: str | os.PathLike[str],
+    source: SourceLike,
     *,
     family: str | None = None,
+    config: Mapping[str, ConfigLike] | None = None,
+    text_projection: Projection = "auto",
     revision: str | None = None,
     local_files_only: bool = False,
     progress: bool | None = None,
@@ -193,7 +206,8 @@ def info(
 
     Arguments and errors as in `load`.
     """
-    opened = _open(source, family, set(), revision, local_files_only, progress)
+    hub = _Hub(revision, local_files_only, progress)
+    opened = _open(source, family, set(), hub, config, text_projection)
     towers = {}
     for name, tree in opened.specs().items():
         towers[name] = TowerInfo(
@@ -206,43 +220,63 @@ def info(
 
 
 def load_tokenizers(
-    source: str | os.PathLike[str],
+    source: SourceLike,
     *,
     family: str | None = None,
+    config: Mapping[str, ConfigLike] | None = None,
+    tokenizer: str | os.PathLike[str] | Mapping[str, str | os.PathLike[str]] | None = None,
     revision: str | None = None,
     local_files_only: bool = False,
     progress: bool | None = None,
 ) -> dict[str, RowTokenizer]:
     """Tower name -> tokenizer of a source. Arguments and errors as in `load`."""
-    return _tokenizers(_open(source, family, set(), revision, local_files_only, progress), None)
+    opened = _open(source, family, set(), _Hub(revision, local_files_only, progress), config, "auto")
+    configs = {tower.name: tower.config for tower in opened.family.towers}
+    return choose_tokenizers(configs, opened.tokenizer, tokenizer)
+
+
+class _Hub(NamedTuple):
+    """How to get a Hub repo."""
+
+    revision: str | None
+    local_files_only: bool
+    progress: bool | None
 
 
 def _open(
-    source: str | os.PathLike[str],
+    source: SourceLike,
     family: str | None,
     without: set[str],
-    revision: str | None,
-    local_files_only: bool,
-    progress: bool | None,
+    hub: _Hub,
+    config: Mapping[str, ConfigLike] | None,
+    text_projection: Projection,
 ) -> Source:
-    name = os.fspath(source)
     if family is not None:
         family_called(family)
-    if name.startswith(_RANDOM):
-        found = family_called(name.removeprefix(_RANDOM))
-        _check_family(name, found.name, family)
+    if isinstance(source, str) and source.startswith(_RANDOM):
+        found = family_called(source.removeprefix(_RANDOM))
+        _check_family(source, found.name, family)
         return _Random(found.without(without))
-    path = resolve(
-        source,
-        revision=revision,
-        local_files_only=local_files_only,
-        skip=folders_of(without),
-        progress=progress,
-    ).path
-    if not ckpt.is_checkpoint(path):
-        return open_foreign(path, family=family, without=without)
+    paths = [resolved.path for resolved in resolve_all(source, skip=folders_of(without), **hub._asdict())]
+    if not any(map(ckpt.is_checkpoint, paths)):
+        return open_foreign(
+            paths,
+            family=family,
+            without=without,
+            configs=read_configs(config or {}),
+            text_projection=text_projection,
+        )
+    if len(paths) > 1 or config or text_projection != "auto":
+        raise CheckpointError(
+            f"{', '.join(map(str, paths))} is a converted checkpoint, which is complete and says what it is; expected "
+            f"no other source, config or text_projection beside it."
+        )
+    return _open_converted(paths[0], family, without)
+
+
+def _open_converted(path: Path, family: str | None, without: set[str]) -> _Converted:
     metadata = ckpt.read_metadata(path)
-    _check_family(name, metadata.family, family)
+    _check_family(str(path), metadata.family, family)
     if metadata.family not in FAMILIES:
         raise CheckpointError(
             f"{path} is of family {metadata.family!r}, unknown to this clip_jax. Upgrade clip-jax-text."
@@ -250,31 +284,6 @@ def _open(
     whole = dataclasses.replace(FAMILIES[metadata.family], zero_negative=metadata.zero_negative)
     absent = {tower.name for tower in whole.towers} - metadata.configs.keys()
     return _Converted(path, whole.without(without | absent).with_configs(metadata.configs), metadata)
-
-
-def _tokenizers(
-    opened: Source, given: str | os.PathLike[str] | Mapping[str, str | os.PathLike[str]] | None
-) -> dict[str, RowTokenizer]:
-    """Tower name -> its tokenizer, or the one of the folder that was given for it."""
-    names = [tower.name for tower in opened.family.towers]
-    if given is None:
-        folders: Mapping[str, str | os.PathLike[str]] = {}
-    elif isinstance(given, Mapping):
-        folders = given
-    elif len(names) == 1:
-        folders = {names[0]: given}
-    else:
-        raise ClipJaxError(f"{opened.family.name} has the towers {', '.join(names)}; pass tokenizer={{tower: folder}}.")
-    unknown = folders.keys() - set(names)
-    if unknown:
-        raise ClipJaxError(f"tokenizer names {', '.join(sorted(unknown))}; the towers are {', '.join(names)}.")
-    tokenizers = {}
-    for tower in opened.family.towers:
-        folder = folders.get(tower.name)
-        tokenizer = opened.tokenizer(tower.name) if folder is None else read_tokenizer(tower.config, Path(folder))
-        check_vocabulary(tokenizer, tower.config, tower.name)
-        tokenizers[tower.name] = tokenizer
-    return tokenizers
 
 
 def _check_family(source: str, found: str, wanted: str | None) -> None:

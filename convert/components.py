@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection
+import os
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from clip_jax.config import TowerConfig, config_from_hf
+from clip_jax.config import ClipTextConfig, T5EncoderConfig, TowerConfig, config_from_hf
+from clip_jax.convert.source import pick_weights
 from clip_jax.errors import CheckpointError, ConfigError
 from clip_jax.tokenizers.files import read_json
+
+#: An architecture, the dict of a transformers `config.json`, or the path of one.
+ConfigLike = TowerConfig | Mapping[str, Any] | str | os.PathLike[str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +45,15 @@ class Components:
     index: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
+def is_component_folder(path: Path) -> bool:
+    """Whether a folder is to be read by its configs; one with nothing but weights is like a file of weights."""
+    if not path.is_dir():
+        return False
+    names = {other.name for other in path.iterdir()}
+    described = names & {"model_index.json", "config.json"} or any(name.startswith("text_encoder") for name in names)
+    return bool(described) or pick_weights(names) is None
+
+
 def read_components(path: Path, skip: Collection[str] = ()) -> Components:
     """Looks into a folder, but not into the folders `skip` below it.
 
@@ -48,8 +62,6 @@ def read_components(path: Path, skip: Collection[str] = ()) -> Components:
         ConfigError: A `config.json` that cannot be honoured.
     """
     expected = "expected a diffusers folder or a text encoder's folder"
-    if not path.is_dir():
-        raise CheckpointError(f"{path} is a single file; {expected}.")
     if not any(path.iterdir()):
         raise CheckpointError(f"{path} is an empty folder; {expected}.")
     if (path / "model_index.json").is_file():
@@ -96,3 +108,19 @@ def _read_component(folder: Path) -> Component:
     except ConfigError as error:
         raise ConfigError(f"{folder / 'config.json'}: {error}") from error
     return Component(folder, config, whole=hf.get("model_type") == "clip")
+
+
+def read_configs(given: Mapping[str, ConfigLike]) -> dict[str, TowerConfig]:
+    """Tower name -> architecture, from configs, dicts or paths of a `config.json`.
+
+    Raises:
+        CheckpointError: A file that cannot be read.
+        ConfigError: A config that cannot be honoured.
+    """
+    read = {}
+    for name, config in given.items():
+        if isinstance(config, ClipTextConfig | T5EncoderConfig):
+            read[name] = config
+        else:
+            read[name] = config_from_hf(config if isinstance(config, Mapping) else read_json(Path(config)))
+    return read

@@ -2,30 +2,46 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax.typing
 
+from clip_jax.convert.components import ConfigLike, read_configs
 from clip_jax.convert.detect import folders_of
-from clip_jax.convert.foreign import open_foreign
-from clip_jax.convert.resolve import resolve
+from clip_jax.convert.foreign import ForeignCheckpoint, open_foreign
+from clip_jax.convert.layouts import Projection
+from clip_jax.convert.resolve import SourceLike, resolve_all
+from clip_jax.convert.source import sha256
+from clip_jax.convert.verify import verify_tower
 from clip_jax.errors import CheckpointError
 from clip_jax.params.cast import float_dtype
-from clip_jax.params.checkpoint import CheckpointMetadata, is_checkpoint, write_checkpoint
+from clip_jax.params.checkpoint import (
+    CheckpointMetadata,
+    is_checkpoint,
+    read_params,
+    read_specs,
+    write_checkpoint,
+)
 from clip_jax.params.staging import check_free
 from clip_jax.progress import byte_bar
-from clip_jax.tokenizers import check_vocabulary
+from clip_jax.tokenizers import RowTokenizer, choose_tokenizers
 
 
 def convert(
-    source: str | os.PathLike[str],
+    source: SourceLike,
     out: str | os.PathLike[str],
     *,
     family: str | None = None,
     dtype: jax.typing.DTypeLike | None = None,
     without: str | Iterable[str] = (),
+    config: Mapping[str, ConfigLike] | None = None,
+    text_projection: Projection = "auto",
+    tokenizer: str | os.PathLike[str] | Mapping[str, str | os.PathLike[str]] | None = None,
+    verify: bool = False,
     overwrite: bool = False,
     revision: str | None = None,
     local_files_only: bool = False,
@@ -36,11 +52,20 @@ def convert(
     The weights go through memory a block of the model, or its embedding, at a time.
 
     Args:
-        source: A diffusers folder, a text encoder's folder, or a Hub repo id.
+        source: A diffusers folder, a text encoder's folder, a file of weights, a Hub repo id, or a list of files
+            that make up a family.
         out: The folder to make. It appears whole or not at all.
         family: The family, where it cannot be told from the source.
         dtype: Of the stored params; None keeps those of the source.
         without: Towers to leave out, such as "t5" of SD 3.
+        config: Tower name -> architecture, where a file of weights does not tell (a config, a dict, or the path of
+            a `config.json`).
+        text_projection: "auto" takes `text_projection` for what its name says; "as_is" takes it as [D, P], used as
+            `x @ text_projection`, "transpose" as [P, D].
+        tokenizer: A tokenizer folder to take instead of the source's, or tower name -> folder. A file of T5 needs
+            it unless there is a tokenizer beside it, or in it (GGUF).
+        verify: Whether to compare what the source computes with what the new checkpoint does (`verify.py`). The
+            largest error goes into the metadata.
         overwrite: Whether a checkpoint already at `out` may be replaced.
         revision: Branch, tag or commit of a Hub repo.
         local_files_only: Takes a Hub repo from the local cache, without asking the network.
@@ -52,40 +77,63 @@ def convert(
     Raises:
         CheckpointError: The source cannot be read whole, or `out` exists. What is on disk stays as it is.
     """
-    if os.fspath(source).startswith("random:"):
+    if isinstance(source, str) and source.startswith("random:"):
         raise CheckpointError(f"{source} has nothing to convert; `clip_jax.load({source!r}).save(...)` writes it.")
     out = Path(os.path.abspath(out))
     check_free(out, overwrite)  # before the work, not after it
     without = {without} if isinstance(without, str) else set(without)
-    found = resolve(
+    found = resolve_all(
         source,
         revision=revision,
         local_files_only=local_files_only,
         skip=folders_of(without),
         progress=progress,
     )
-    if is_checkpoint(found.path):
-        raise CheckpointError(f"{found.path} is an Orbax folder; expected a checkpoint in a foreign layout.")
-    checkpoint = open_foreign(found.path, family=family, without=without)
-    tokenizers = {tower.name: checkpoint.tokenizer(tower.name) for tower in checkpoint.family.towers}
-    for tower in checkpoint.family.towers:
-        check_vocabulary(tokenizers[tower.name], tower.config, tower.name)
-    provenance = {**checkpoint.provenance(), "source": found.name}
-    files = [file for tower in checkpoint.towers.values() for file in tower.source.files]
-    with byte_bar(sum(file.stat().st_size for file in files), "Hashing", progress) as bar:
-        for name, opened in checkpoint.towers.items():
-            provenance["towers"][name]["sha256"] = opened.source.sha256(bar.update)
+    for one in found:
+        if is_checkpoint(one.path):
+            raise CheckpointError(f"{one.path} is an Orbax folder; expected a checkpoint in a foreign layout.")
+    checkpoint = open_foreign(
+        [one.path for one in found],
+        family=family,
+        without=without,
+        configs=read_configs(config or {}),
+        text_projection=text_projection,
+    )
+    configs = {name: tower.config for name, tower in checkpoint.towers.items()}
+    tokenizers = choose_tokenizers(configs, checkpoint.tokenizer, tokenizer)
+    hashes = _hash(checkpoint, progress)
+    provenance = {**checkpoint.provenance(), "source": ", ".join(one.name for one in found)}
+    for name, tower in checkpoint.towers.items():
+        provenance["towers"][name]["sha256"] = {file.name: hashes[file] for file in tower.source.files}
     with byte_bar(checkpoint.nbytes, "Converting", progress) as bar:
         write_checkpoint(
             out,
             checkpoint.parts(None if dtype is None else float_dtype(dtype), bar.update),
             metadata=CheckpointMetadata(
                 family=checkpoint.family.name,
-                configs={name: tower.config for name, tower in checkpoint.towers.items()},
+                configs=configs,
                 provenance=provenance,
                 zero_negative=checkpoint.family.zero_negative,
             ),
             tokenizers=tokenizers,
             overwrite=overwrite,
+            check=(lambda folder: _verify(folder, checkpoint, tokenizers)) if verify else None,
         )
     return out
+
+
+def _verify(folder: Path, checkpoint: ForeignCheckpoint, tokenizers: Mapping[str, RowTokenizer]) -> dict[str, Any]:
+    """Holds what was written to `folder` against its source, a tower at a time."""
+    specs = read_specs(folder, {name: tower.config for name, tower in checkpoint.towers.items()})
+    verified = {}
+    for name, tower in checkpoint.towers.items():
+        params = read_params(folder, specs, None, towers={name}, progress=False)[name]
+        verified[name] = dataclasses.asdict(verify_tower(name, tower, params, tokenizers[name]))
+    return {"verified": verified}
+
+
+def _hash(checkpoint: ForeignCheckpoint, progress: bool | None) -> dict[Path, str]:
+    """File -> sha256, of every file of a source once."""
+    files = [file for source in checkpoint.sources for file in source.files]
+    with byte_bar(sum(file.stat().st_size for file in files), "Hashing", progress) as bar:
+        return {file: sha256(file, bar.update) for file in files}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import re
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from clip_jax.config import ClipTextConfig, TowerConfig
@@ -35,6 +36,50 @@ def find_family(path: Path, found: Components, name: str | None) -> Family:
     if name:
         raise CheckpointError(f"{path} is not of family {reasons}.")
     raise CheckpointError(f"{path} is of no known family ({reasons}).")
+
+
+# CLIP-L and bigG are SDXL's, or SD 3's without T5; in a single-file checkpoint the prefix tells which. Training may
+# have put another prefix before it (`module.`, `_orig_mod.`).
+_PREFIXES = {r"(.*\.)?conditioner\..*": "sdxl", r"(.*\.)?text_encoders\..*": "sd3"}
+
+
+def find_family_of(
+    where: str, configs: Mapping[str, TowerConfig], prefixes: Collection[str], name: str | None
+) -> Family:
+    """The family called `name`, or else the one that these towers, from files of weights, make up.
+
+    Args:
+        where: The source, for messages.
+        configs: Tower name -> architecture.
+        prefixes: What stands before the towers' names in their files.
+        name: The family, if it was said.
+
+    Raises:
+        CheckpointError: None fits, or several; says why not.
+    """
+    candidates = [family_called(name)] if name else list(FAMILIES.values())
+    fitting = [
+        family
+        for family in candidates
+        if {tower.name for tower in family.towers if not tower.optional}
+        <= configs.keys()
+        <= {tower.name for tower in family.towers}
+    ]
+    hinted = {_PREFIXES[pattern] for pattern in _PREFIXES if any(re.fullmatch(pattern, prefix) for prefix in prefixes)}
+    if len(fitting) > 1:
+        fitting = [family for family in fitting if family.name in hinted] or fitting
+    if len(fitting) == 1:
+        return fitting[0]
+    found = ", ".join(configs) or "no text encoder"
+    if fitting:
+        raise CheckpointError(
+            f"{where} holds {found}, which could be of any of the families {', '.join(f.name for f in fitting)}. Pass "
+            f"family= (--family)."
+        )
+    needs = "; ".join(f"{f.name}: {', '.join(tower.name for tower in f.towers)}" for f in candidates)
+    raise CheckpointError(
+        f"{where} holds {found}; expected the text encoders of a family ({needs}). Name the files of all of them."
+    )
 
 
 def folders_of(without: Collection[str]) -> set[str]:

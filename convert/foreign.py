@@ -1,13 +1,15 @@
 """A checkpoint in a foreign layout, opened: which family it is, and where every parameter comes from.
 
-Read so far: a diffusers pipeline folder (`text_encoder/`, `tokenizer/`, `model_index.json`, ...), a folder with
-one text encoder as `save_pretrained` writes it, and a whole `CLIPModel`.
+A source is a diffusers pipeline folder (`text_encoder/`, `tokenizer/`, `model_index.json`, ...), a folder with one
+text encoder as `save_pretrained` writes it, a whole `CLIPModel`, a file of weights with one or more text encoders in
+it, or several of these files.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,69 +18,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from clip_jax.config import ClipTextConfig, TowerConfig
-from clip_jax.convert.components import Component, read_components
-from clip_jax.convert.detect import find_family, folders_of
-from clip_jax.convert.hf_keys import KeyMap, map_keys, to_flax
-from clip_jax.convert.source import TensorSource, open_folder
+from clip_jax.convert.components import is_component_folder, read_components
+from clip_jax.convert.detect import find_family, find_family_of, folders_of
+from clip_jax.convert.infer import name_towers, with_open_clip_config
+from clip_jax.convert.layouts import Encoder, Projection, check_projection, find_encoders, one_encoder, what_else
+from clip_jax.convert.layouts.fp8 import is_scale
+from clip_jax.convert.source import TensorSource, open_source
+from clip_jax.convert.tower import ForeignTower, open_tower
 from clip_jax.errors import CheckpointError
-from clip_jax.families import Family, Tower
-from clip_jax.params.cast import cast, param_dtype
-from clip_jax.params.shapes import TensorSpec, layer_groups, param_shapes, unflatten
+from clip_jax.families import Family
+from clip_jax.params.shapes import TensorSpec, layer_groups, unflatten
 from clip_jax.progress import byte_bar
-from clip_jax.tokenizers import ClipTokenizer, RowTokenizer, read_tokenizer
-
-_TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "spiece.model")
-
-
-@dataclasses.dataclass(frozen=True)
-class ForeignTower:
-    """One text encoder of a foreign checkpoint.
-
-    Attributes:
-        config: Its architecture.
-        source: Its tensors.
-        map: Where its parameters are among them.
-        tokenizer_folder: Where its tokenizer should be.
-        pad_token: Of its tokenizer, if there is none.
-    """
-
-    config: TowerConfig
-    source: TensorSource
-    map: KeyMap
-    tokenizer_folder: Path
-    pad_token: str
-
-    def specs(self) -> dict[str, TensorSpec]:
-        """Path -> shape and dtype, in the order of the tree."""
-        shapes = param_shapes(self.config)
-        return {p: TensorSpec(shapes[p], self.source.tensors[key].dtype) for p, (key, _) in self.map.keys.items()}
-
-    def read(self, path: str, dtype: np.dtype | None) -> np.ndarray:
-        """One parameter for a tower in `dtype` (None keeps that of the source); it may be a view of the file."""
-        key, transposed = self.map.keys[path]
-        array = to_flax(self.source.read(key), transposed)
-        return np.ascontiguousarray(cast(array, array.dtype if dtype is None else param_dtype(path, dtype), key))
-
-    def check_twins(self) -> None:
-        """Compares tensors of which the source has two copies.
-
-        Raises:
-            CheckpointError: They differ, so that there is no telling which one is meant.
-        """
-        for key, other in self.map.twins:
-            if not np.array_equal(self.source.read(key), self.source.read(other)):
-                raise CheckpointError(
-                    f"{self.source.files[0].parent}: {key} and {other} are the same parameter, and differ. "
-                    f"Save the model again with one of them."
-                )
-
-    def tokenizer(self) -> RowTokenizer:
-        """The tokenizer of its folder; for CLIP, the packaged one where there is none."""
-        if any((self.tokenizer_folder / name).is_file() for name in _TOKENIZER_FILES):
-            return read_tokenizer(self.config, self.tokenizer_folder)
-        if isinstance(self.config, ClipTextConfig):
-            return ClipTokenizer.packaged(self.pad_token, self.config.max_position_embeddings)
-        return read_tokenizer(self.config, self.tokenizer_folder)  # says what is missing
+from clip_jax.tokenizers import RowTokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,21 +37,28 @@ class ForeignCheckpoint:
     """A foreign checkpoint, opened but not read.
 
     Attributes:
-        path: The folder.
+        name: What to call it.
         layout: What it was recognised as, for people.
         family: The family, around the checkpoint's own architectures.
         towers: Tower name -> tower.
+        ignored: Names in single files that are no part of a text encoder, by their beginnings, with counts.
     """
 
-    path: Path
+    name: str
     layout: str
     family: Family
     towers: dict[str, ForeignTower]
+    ignored: dict[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the params, as they are stored."""
         return sum(spec.nbytes for tree in self.specs().values() for spec in tree.values())
+
+    @property
+    def sources(self) -> list[TensorSource]:
+        """The files behind the towers, each once."""
+        return list({id(tower.source): tower.source for tower in self.towers.values()}.values())
 
     def tokenizer(self, tower: str) -> RowTokenizer:
         """The tokenizer of a tower."""
@@ -145,34 +103,56 @@ class ForeignCheckpoint:
 
     def provenance(self) -> dict[str, Any]:
         """Where the weights come from, without reading them. JSON."""
+        formats = ", ".join(dict.fromkeys(source.format for source in self.sources))
         return {
-            "source": self.path.resolve().name,
-            "format": f"{self.layout}, safetensors",
-            "towers": {
-                name: {
-                    "files": [file.name for file in tower.source.files],
-                    "dtypes": sorted({spec.dtype.name for spec in tower.specs().values()}),
-                    "ignored": tower.map.ignored,
-                }
-                for name, tower in self.towers.items()
-            },
+            "source": self.name,
+            "format": f"{self.layout}, {formats}",
+            **({"ignored": self.ignored} if self.ignored else {}),
+            "towers": {name: _tower_provenance(tower) for name, tower in self.towers.items()},
         }
 
 
-def open_foreign(path: Path, *, family: str | None = None, without: Iterable[str] = ()) -> ForeignCheckpoint:
-    """Opens a folder in a foreign layout, finds out its family, and pairs parameters with tensors.
+def _tower_provenance(tower: ForeignTower) -> dict[str, Any]:
+    used = [tower.state[key] for key, _ in tower.map.keys.values()]
+    return {
+        "files": [file.name for file in tower.source.files],
+        "names": f"{tower.encoder.layout}{f', below {tower.encoder.prefix!r}' if tower.encoder.prefix else ''}",
+        "dtypes": sorted({tensor.stored or tensor.dtype.name for tensor in used}),
+        "ignored": tower.map.ignored,
+    }
+
+
+def open_foreign(
+    paths: Sequence[Path],
+    *,
+    family: str | None = None,
+    without: Iterable[str] = (),
+    configs: Mapping[str, TowerConfig] | None = None,
+    text_projection: Projection = "auto",
+) -> ForeignCheckpoint:
+    """Opens a source in a foreign layout, finds out its family, and pairs parameters with tensors.
 
     Args:
-        path: A diffusers pipeline folder, or the folder of one text encoder.
+        paths: A folder, or the files of weights that together make a family.
         family: Its family, where it cannot be told or is to be made sure of.
         without: Towers to leave out.
+        configs: Tower name -> architecture, where a file of weights does not tell.
+        text_projection: How the projection is stored, where its name says otherwise.
 
     Raises:
-        CheckpointError: Not such a folder, of another model or family, or its tensors are not those of its
+        CheckpointError: Nothing that can be read, of another model or family, or its tensors are not those of its
             architecture.
         ConfigError: A `config.json` that cannot be honoured.
     """
-    without = set(without)
+    check_projection(text_projection)
+    if len(paths) == 1 and is_component_folder(paths[0]):
+        if configs:
+            raise CheckpointError(f"{paths[0]} has a config.json for every text encoder; expected no other config.")
+        return _open_folder(paths[0], family, set(without), text_projection)
+    return _open_files(paths, family, set(without), configs or {}, text_projection)
+
+
+def _open_folder(path: Path, family: str | None, without: set[str], projection: Projection) -> ForeignCheckpoint:
     found = read_components(path, skip=folders_of(without))
     matched = find_family(path, found, family)
     absent = {t.name for t in matched.towers if t.optional and not ({"", t.folder} & found.components.keys())}
@@ -188,25 +168,86 @@ def open_foreign(path: Path, *, family: str | None = None, without: Iterable[str
     for tower in matched.towers:
         alone = tower.folder not in found.components
         component = found.components["" if alone else tower.folder]
-        towers[tower.name] = _open_tower(tower, component, path if alone else path / tower.tokenizer_folder)
+        source, where = open_source(component.folder), str(component.folder)
+        encoder = one_encoder(source.state, where, projection, source.metadata)
+        towers[tower.name] = open_tower(
+            tower,
+            encoder,
+            component.config,
+            source,
+            tokenizer_folder=path if alone else path / tower.tokenizer_folder,
+            where=where,
+            projection=projection,
+            whole=component.whole,
+        )
     return ForeignCheckpoint(
-        path=path,
+        name=path.resolve().name,
         layout="text encoder folder" if "" in found.components else "diffusers folder",
         family=matched.with_configs({name: tower.config for name, tower in towers.items()}),
         towers=towers,
     )
 
 
-def _open_tower(tower: Tower, component: Component, tokenizer_folder: Path) -> ForeignTower:
-    config, source_blocks = component.config, None
-    if isinstance(config, ClipTextConfig) and isinstance(tower.config, ClipTextConfig):
-        source_blocks = config.num_hidden_layers
-        if component.whole:
-            # A whole CLIPModel keeps the blocks that a diffusion model leaves out (SD 2: the last of 24).
-            blocks = min(source_blocks, tower.config.num_hidden_layers)
-            config = dataclasses.replace(config, num_hidden_layers=blocks)
-        if tower.config.projection_dim is None:
+def _open_files(
+    paths: Sequence[Path],
+    family: str | None,
+    without: set[str],
+    configs: Mapping[str, TowerConfig],
+    projection: Projection,
+) -> ForeignCheckpoint:
+    where = ", ".join(map(str, paths))
+    owners: dict[Encoder, tuple[TensorSource, Path]] = {}
+    ignored: Counter[str] = Counter()
+    for path in paths:
+        source = open_source(path)
+        found = find_encoders(source.state, str(path), projection, source.metadata)
+        if not found:
+            raise CheckpointError(f"{path}: expected CLIP's text encoder or T5's, found {what_else(source.state)}.")
+        owners |= dict.fromkeys(found, (source, path))
+        ignored += _others(source, found)
+    named = name_towers(list(owners), where, configs)
+    named = {name: tower for name, tower in named.items() if name not in without}
+    prefixes = [encoder.prefix for encoder, _ in named.values()]
+    matched = find_family_of(where, {name: config for name, (_, config) in named.items()}, prefixes, family)
+    matched = matched.without(without | {tower.name for tower in matched.towers} - named.keys())
+    towers = {}
+    for tower in matched.towers:
+        encoder, config = named[tower.name]
+        source, path = owners[encoder]
+        if encoder.layout == "OpenCLIP" and tower.name not in configs:
+            config = with_open_clip_config(config, path if path.is_dir() else path.parent)
+        if tower.identity_projection and isinstance(config, ClipTextConfig):
+            # What such files carry is not the model's: diffusers puts the identity in its place
+            # (single_file_utils.py, `create_diffusers_clip_model_from_ldm`), ComfyUI does without.
             config = dataclasses.replace(config, projection_dim=None)
-    source = open_folder(component.folder)
-    key_map = map_keys(source.tensors, config, str(component.folder), source_blocks=source_blocks)
-    return ForeignTower(config, source, key_map, tokenizer_folder, tower.pad_token)
+        towers[tower.name] = open_tower(
+            tower,
+            encoder,
+            config,
+            source,
+            tokenizer_folder=_tokenizer_folder(encoder, path),
+            where=where,
+            projection=projection,
+            whole=True,
+        )
+    return ForeignCheckpoint(
+        name=", ".join(path.name for path in paths),
+        layout="single file" if len(paths) == 1 else f"{len(paths)} files",
+        family=matched.with_configs({name: tower.config for name, tower in towers.items()}),
+        towers=towers,
+        ignored=dict(ignored),
+    )
+
+
+def _tokenizer_folder(encoder: Encoder, path: Path) -> Path | None:
+    """Where a tokenizer may lie beside weights: CLIP's is in this package, and what lies beside a file may be T5's."""
+    if path.is_dir():
+        return path
+    return path.parent if encoder.kind == "t5" else None
+
+
+def _others(source: TensorSource, encoders: Sequence[Encoder]) -> Counter[str]:
+    """Beginnings of the names in a file that are in none of its encoders -> how many there are of each."""
+    used = {tensor.key for encoder in encoders for tensor in encoder.state.values()}
+    others = (name for name in source.state if name not in used and not is_scale(name))
+    return Counter("".join(name.partition(".")[:2]) for name in others)

@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from clip_jax.convert.safetensors import parse_json_object
+from clip_jax.convert.readers.tensor_file import parse_json_object
 from clip_jax.convert.source import no_weights, pick_weights, read_index
 from clip_jax.errors import CheckpointError
 
@@ -19,6 +19,7 @@ _ENCODER = re.compile(r"text_encoder[^/]*")
 _COMPONENT = re.compile(r"(text_encoder|tokenizer)[^/]*")
 _SMALL_FILES = (
     "config.json",
+    "open_clip_config.json",
     "vocab.json",
     "merges.txt",
     "tokenizer.json",
@@ -44,7 +45,7 @@ def fetch(
 
     That is, of a diffusers pipeline, `model_index.json` and the configs, weights and tokenizer files in
     `text_encoder*/` and `tokenizer*/`; of any other repository, the same kinds of files at its root. Of
-    several copies of the weights only the one that `open_folder` reads is downloaded. If the Hub cannot be
+    several copies of the weights only the one that `open_source` reads is downloaded. If the Hub cannot be
     reached, or refuses, a copy that is already in the cache is used.
 
     Args:
@@ -59,7 +60,7 @@ def fetch(
 
     Raises:
         CheckpointError: If there is no such repository or revision, it is gated, the Hub cannot be reached
-            and the files are not in the cache, or the repository has no text encoder in safetensors format.
+            and the files are not in the cache, or the repository has no text encoder in a format that is read.
     """
     show = sys.stderr.isatty() if progress is None else progress
     try:
@@ -78,7 +79,7 @@ def needed_files(repo_id: str, names: Collection[str]) -> list[str]:
         names: The paths of all its files.
 
     Raises:
-        CheckpointError: If there is no text encoder, or one without safetensors weights.
+        CheckpointError: If there is no text encoder, or one without weights of the usual names.
     """
     contents: dict[str, set[str]] = defaultdict(set)  # folder -> plain file names
     for name in names:
@@ -164,7 +165,7 @@ def _shards(repo_id: str, folder: Path, needed: Collection[str], names: Collecti
     shards = [
         str(PurePosixPath(index).parent / shard)
         for index in needed
-        if ".safetensors.index" in index
+        if ".index." in index
         for shard in sorted(set(read_index(folder / index).values()))
     ]
     missing = [shard for shard in shards if shard not in names]

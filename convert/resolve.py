@@ -6,12 +6,16 @@ import contextlib
 import dataclasses
 import os
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from clip_jax.convert.hub import fetch
 from clip_jax.errors import CheckpointError
 
+#: A folder, a file of weights or a Hub repo id; or several files that make up a family.
+SourceLike = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+
+_EXPECTED = "a folder, a file of weights, a Hub repo id (owner/name), or random:FAMILY"
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -28,6 +32,24 @@ class Resolved:
     name: str
 
 
+def resolve_all(
+    sources: SourceLike,
+    *,
+    revision: str | None = None,
+    local_files_only: bool = False,
+    skip: Collection[str] = (),
+    progress: bool | None = None,
+) -> list[Resolved]:
+    """`resolve` for one source or several, as they come."""
+    listed = [sources] if isinstance(sources, str | os.PathLike) else list(sources)
+    if not listed:
+        raise CheckpointError(f"No source; expected {_EXPECTED}.")
+    return [
+        resolve(source, revision=revision, local_files_only=local_files_only, skip=skip, progress=progress)
+        for source in listed
+    ]
+
+
 def resolve(
     source: str | os.PathLike[str],
     *,
@@ -42,20 +64,18 @@ def resolve(
         CheckpointError: No such path, and not a repo that can be had.
     """
     if not os.fspath(source):
-        raise CheckpointError("The source is empty; expected a folder, a Hub repo id (owner/name), or random:FAMILY.")
+        raise CheckpointError(f"The source is empty; expected {_EXPECTED}.")
     path = Path(source)
     with contextlib.suppress(RuntimeError):  # no such user: then it is no path either
         path = path.expanduser()
     if _exists(path):
         return Resolved(path, path.resolve().name)
     if not isinstance(source, str) or not _REPO_ID.fullmatch(source):
-        raise CheckpointError(
-            f"{os.fspath(source)!r} does not exist. Expected a folder, a Hub repo id (owner/name), or random:FAMILY."
-        )
+        raise CheckpointError(f"{os.fspath(source)!r} does not exist. Expected {_EXPECTED}.")
     try:
         snapshot = fetch(source, revision=revision, local_files_only=local_files_only, skip=skip, progress=progress)
     except CheckpointError as error:
-        raise CheckpointError(f"{source!r} is not a local folder; as a Hub repo: {error}") from error
+        raise CheckpointError(f"{source!r} is not a local path; as a Hub repo: {error}") from error
     return Resolved(snapshot, f"{source}@{snapshot.name}")
 
 

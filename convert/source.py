@@ -1,16 +1,16 @@
-"""One view over the weights of a component, whether they lie in one safetensors file or in several shards."""
+"""One view over the weights of a source, whether they lie in one file or in several shards, of any format."""
 
 from __future__ import annotations
 
 import hashlib
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from types import MappingProxyType
 
-import numpy as np
-
-from clip_jax.convert.safetensors import ONLY_SAFETENSORS, SafetensorsFile, TensorInfo, parse_json_object
+from clip_jax.convert.readers import TensorFile, open_file
+from clip_jax.convert.readers.tensor_file import parse_json_object
+from clip_jax.convert.state import StateDict, Tensor
 from clip_jax.errors import CheckpointError
 
 WEIGHTS = (
@@ -20,11 +20,19 @@ WEIGHTS = (
     "model.safetensors.index.fp16.json",
     "model.bf16.safetensors",
     "model.safetensors.index.bf16.json",
+    "open_clip_model.safetensors",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+    "pytorch_model.fp16.bin",
+    "pytorch_model.bin.index.fp16.json",
+    "open_clip_pytorch_model.bin",
+    "flax_model.msgpack",
+    "flax_model.msgpack.index.json",
 )
-"""File names of the weights of a component folder, best first, as diffusers and transformers write them."""
+"""File names of the weights of a component folder, best first, as transformers, diffusers and open_clip write them."""
 
-_FOREIGN = re.compile(r".*\.(bin|msgpack|h5|gguf|ckpt|pt|pth|onnx)")
-_SHARD = re.compile(r"[\w.-]+\.safetensors")  # a plain file name: an index must not lead out of its folder
+_WEIGHTS_FILE = re.compile(r".*\.(safetensors|bin|msgpack|h5|gguf|ckpt|pt|pth|onnx)")
+_SHARD = re.compile(r"[\w.-]+\.(safetensors|bin|msgpack)")  # a plain name: an index must not lead out of its folder
 _MAX_LISTED = 20  # faults in one message
 _CHUNK_BYTES = 1 << 20
 
@@ -33,45 +41,22 @@ class TensorSource:
     """The tensors of one checkpoint, by name.
 
     Attributes:
-        tensors: Name -> shape, dtype and file of every tensor.
-        files: The safetensors files that hold them.
+        state: Name -> tensor, unread.
+        files: The files that hold them.
+        format: What these files are, for people.
+        metadata: What the first of them says about itself beside the tensors.
     """
 
-    def __init__(self, parts: Sequence[SafetensorsFile]):
+    def __init__(self, parts: Sequence[TensorFile]):
         """Joins files that have no tensor name in common."""
-        self._parts = {name: part for part in parts for name in part.tensors}
-        self.tensors: Mapping[str, TensorInfo] = MappingProxyType(
-            {name: part.tensors[name] for name, part in self._parts.items()}
-        )
+        self.state: StateDict = {
+            name: Tensor(name, info.shape, info.dtype, partial(part.read, name), info.stored)
+            for part in parts
+            for name, info in part.tensors.items()
+        }
         self.files = tuple(part.path for part in parts)
-
-    def read(self, name: str) -> np.ndarray:
-        """Returns a tensor as a read-only view of its file: no byte is read until it is used.
-
-        Args:
-            name: Its key in `tensors`.
-
-        Raises:
-            CheckpointError: If there is no such tensor.
-        """
-        if name not in self._parts:
-            where = ", ".join(map(str, self.files))
-            raise CheckpointError(
-                f"{where}: expected a tensor {name!r}, found {len(self._parts)} others. Check that it is the"
-                " checkpoint that you mean."
-            )
-        return self._parts[name].read(name)
-
-    def sha256(self, progress: Callable[[int], object] | None = None) -> dict[str, str]:
-        """Hashes the files, in constant memory.
-
-        Args:
-            progress: Called with the number of bytes hashed since its last call.
-
-        Returns:
-            File name -> hexadecimal digest.
-        """
-        return {path.name: _sha256(path, progress) for path in self.files}
+        self.format = ", ".join(dict.fromkeys(part.format for part in parts))
+        self.metadata = parts[0].metadata
 
 
 def pick_weights(names: Collection[str]) -> str | None:
@@ -93,62 +78,46 @@ def no_weights(where: str, names: Iterable[str]) -> CheckpointError:
         where: The folder, or what else to call it.
         names: The plain names of the files in it.
     """
-    names = sorted(names)
-    foreign = [name for name in names if _FOREIGN.fullmatch(name)]
-    others = [name for name in names if name.endswith(".safetensors")]
+    others = sorted(name for name in names if _WEIGHTS_FILE.fullmatch(name))
     if others:
-        hint = f"found {_listed(others)}. Rename the one to load."
-    elif foreign:
-        hint = f"found {_listed(foreign)}. {ONLY_SAFETENSORS}"
+        hint = f"found {_listed(others)}. Name the file itself as the source, if it is one of them."
     else:
         hint = "found no weights at all. Check the path, or download the checkpoint again."
     return CheckpointError(f"{where}: expected {WEIGHTS[0]} or another of the usual names, {hint}")
 
 
-def open_safetensors(path: Path) -> TensorSource:
-    """Opens one safetensors file.
+def open_source(path: Path) -> TensorSource:
+    """Opens a file of weights, an index of shards, or the weights in a component folder.
+
+    In a folder only files of the usual names (`WEIGHTS`) and the shards of an index are looked at, because such
+    folders often hold the same weights several times over.
 
     Args:
-        path: The file.
+        path: The file, or a folder such as `text_encoder/` of a pipeline.
 
     Raises:
-        CheckpointError: If it cannot be opened, is no safetensors file, or is damaged or cut short.
+        CheckpointError: Nothing to read there, or it is damaged, cut short, of a format that is not read, or not
+            what its index says.
     """
-    return TensorSource([SafetensorsFile(path)])
-
-
-def open_folder(folder: Path) -> TensorSource:
-    """Opens the weights in a component folder of a diffusers or transformers checkpoint.
-
-    Only files of the usual names (`WEIGHTS`) and the shards of an index are looked at, because such folders
-    often hold the same weights several times over.
-
-    Args:
-        folder: The folder, such as `text_encoder/` of a pipeline.
-
-    Raises:
-        CheckpointError: If there is no such folder, it holds no safetensors weights, or these are damaged,
-            cut short, or not what their index says.
-    """
+    if path.name.endswith(".json") and ".index." in path.name:
+        return _open_shards(path, {other.name for other in path.parent.iterdir()})
+    if not path.is_dir():
+        return TensorSource([open_file(path)])
     try:
-        names = {path.name for path in folder.iterdir()}
+        names = {other.name for other in path.iterdir()}
     except OSError as error:
-        raise CheckpointError(
-            f"{folder}: expected a folder with {WEIGHTS[0]}, found {error.strerror}. Check the path."
-        ) from error
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}. Check its permissions.") from error
     weights = pick_weights(names)
     if weights is None:
-        raise no_weights(str(folder), names)
-    if weights.endswith(".safetensors"):
-        return open_safetensors(folder / weights)
-    return _open_shards(folder / weights, names)
+        raise no_weights(str(path), names)
+    return open_source(path / weights)
 
 
 def read_index(path: Path) -> dict[str, str]:
     """Reads an index of shards.
 
     Args:
-        path: A `model.safetensors.index.json`.
+        path: Such as `model.safetensors.index.json`.
 
     Returns:
         Tensor name -> plain file name of the shard that holds it; never empty.
@@ -170,7 +139,7 @@ def read_index(path: Path) -> dict[str, str]:
     wrong = {repr(shard) for shard in shards if not (isinstance(shard, str) and _SHARD.fullmatch(shard))}
     if wrong:
         raise CheckpointError(
-            f"{path}: expected plain names of safetensors files, found {_listed(sorted(wrong))}."
+            f"{path}: expected plain names of weight files, found {_listed(sorted(wrong))}."
             " Get the checkpoint from a place that you trust."
         )
     return weight_map
@@ -186,7 +155,7 @@ def _open_shards(index: Path, names: Collection[str]) -> TensorSource:
             f"{index}: expected {len(shards)} shards beside it, found that {len(missing)} are missing:"
             f" {', '.join(missing)}. Download or copy these as well."
         )
-    parts = [SafetensorsFile(index.parent / shard) for shard in shards]
+    parts = [open_file(index.parent / shard) for shard in shards]
     faults = [fault for part in parts for fault in _index_faults(part, weight_map)]
     if faults:
         raise CheckpointError(
@@ -196,7 +165,7 @@ def _open_shards(index: Path, names: Collection[str]) -> TensorSource:
     return TensorSource(parts)
 
 
-def _index_faults(part: SafetensorsFile, weight_map: Mapping[str, str]) -> list[str]:
+def _index_faults(part: TensorFile, weight_map: Mapping[str, str]) -> list[str]:
     """Where an index and a shard disagree: nowhere if each tensor is in the shard that it names."""
     shard = part.path.name
     lacking = [name for name, place in weight_map.items() if place == shard and name not in part.tensors]
@@ -215,7 +184,16 @@ def _listed(items: Sequence[str], separator: str = ", ") -> str:
     return separator.join(items[:_MAX_LISTED]) + (f" and {more} more" if more > 0 else "")
 
 
-def _sha256(path: Path, progress: Callable[[int], object] | None) -> str:
+def sha256(path: Path, progress: Callable[[int], object] | None = None) -> str:
+    """The hash of a file, in constant memory.
+
+    Args:
+        path: The file.
+        progress: Called with the number of bytes hashed since its last call.
+
+    Returns:
+        Hexadecimal digits.
+    """
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK_BYTES):

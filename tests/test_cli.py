@@ -14,7 +14,7 @@ import pytest
 import clip_jax
 from clip_jax.cli import main
 from clip_jax.convert import convert
-from clip_jax.convert.source import open_safetensors
+from clip_jax.convert.source import open_source
 from tests.checkpoints import TINY, digests, hf_state, write_text_encoder
 
 SCRIPT = Path(sys.executable).parent / "clip-jax"
@@ -144,8 +144,8 @@ def test_the_file_holds_what_the_api_gives(embed, tiny_sd15, tmp_path, suffix, d
         if dtype == "bfloat16":  # which the format lacks
             expected = expected.astype(np.float32)
     else:
-        source = open_safetensors(out)
-        found = {name: source.read(name) for name in source.tensors}
+        source = open_source(out)
+        found = {name: tensor.read() for name, tensor in source.state.items()}
     assert found.keys() == {"prompt_embeds"}
     np.testing.assert_array_equal(found["prompt_embeds"], expected, strict=True)
     assert [path.name for path in tmp_path.iterdir()] == [out.name]
@@ -153,7 +153,7 @@ def test_the_file_holds_what_the_api_gives(embed, tiny_sd15, tmp_path, suffix, d
 
 def test_safetensors_keep_bfloat16(embed, tmp_path):
     embed("a cat", "--dtype", "bfloat16", "--out", tmp_path / "a.safetensors")
-    assert open_safetensors(tmp_path / "a.safetensors").tensors["prompt_embeds"].dtype == ml_dtypes.bfloat16
+    assert open_source(tmp_path / "a.safetensors").state["prompt_embeds"].dtype == ml_dtypes.bfloat16
 
 
 def test_a_file_is_only_replaced_with_overwrite(embed, model, tmp_path, capsys):
@@ -265,7 +265,10 @@ def test_convert_options(tiny_sd15, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("embed x --model {tmp}/nowhere", "'{tmp}/nowhere' does not exist. Expected a folder, a Hub repo id"),
+        (
+            "embed x --model {tmp}/nowhere",
+            "'{tmp}/nowhere' does not exist. Expected a folder, a file of weights, a Hub repo id",
+        ),
         ("embed x --model ~nobody-of-that-name/x", "'~nobody-of-that-name/x' does not exist. Expected"),
         ("embed x --model random:sd99", "Unknown family 'sd99'; expected one of sd15, sd21"),
         ("embed x --model {model} --family sd21", "{model} is of family 'sd15'; family='sd21' was asked for."),
@@ -282,7 +285,7 @@ def test_convert_options(tiny_sd15, tmp_path, capsys):
         ("tokenize --file {latin}", "The prompts are not UTF-8 text: 'utf-8' codec can't decode byte 0xe9"),
         ("tokenize x --model {tmp}", "{tmp} has neither model_index.json nor text_encoder/ nor config.json; "),
         ("info {tmp}/nowhere", "'{tmp}/nowhere' does not exist."),
-        ("info {long}", "{long} is a single file; expected a diffusers folder or a text encoder's folder."),
+        ("info {long}", "{long}: expected a file of weights (safetensors, "),
         ("convert {tmp}/nowhere {tmp}/out", "'{tmp}/nowhere' does not exist."),
         ("convert {model} {tmp}/out", "{model} is an Orbax folder; expected a checkpoint in a foreign layout."),
         ("convert {source} {tmp} --overwrite", "{tmp} is not a checkpoint written by clip_jax"),

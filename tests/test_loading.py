@@ -126,7 +126,7 @@ def test_wrong_random_names_are_refused(call, name, family, message):
     "name", ["./models/sd51", "sd15", "a/b/c", "/models/sd15", "~nobody-of-that-name/x", "owner/", "random"]
 )
 def test_a_mistyped_path_is_no_hub_repo(call, name):
-    message = rf"^'{name}' does not exist\. Expected a folder, a Hub repo id \(owner/name\), or random:FAMILY\.$"
+    message = rf"^'{name}' does not exist\. Expected a folder, a file of weights, a Hub repo id .*, or random:FAMILY\.$"
     with pytest.raises(CheckpointError, match=message):
         call(name)
 

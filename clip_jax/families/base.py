@@ -30,6 +30,7 @@ class Tower:
         final_norm: Whether the final norm is applied to that hidden state.
         pooled_only: Whether its hidden states are not used, and so its ids may be cut at the end of the text.
         optional: Whether the family works without it.
+        identity_projection: Whether a missing `text_projection` stands for the identity.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Tower:
     final_norm: bool = True
     pooled_only: bool = False
     optional: bool = False
+    identity_projection: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

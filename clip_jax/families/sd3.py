@@ -27,7 +27,8 @@ def _join(outputs: Mapping[str, TowerOutput], max_sequence_length: int | None) -
     t5_rows = zeros if t5 is None else t5.embeds
     clip = jnp.pad(clip, [(0, 0)] * 3 + [(0, t5_rows.shape[-1] - clip.shape[-1])])
     embeds = jnp.concatenate([clip, t5_rows], axis=-2)
-    return embeds, jnp.concatenate([clip_l.projected, clip_g.projected], axis=-1)
+    pooled_l = clip_l.pooled if clip_l.projected is None else clip_l.projected
+    return embeds, jnp.concatenate([pooled_l, clip_g.projected], axis=-1)
 
 
 T5 = Tower(
@@ -47,7 +48,11 @@ SD3 = Family(
         f"StableDiffusion3{task}Pipeline" for task in ("", "Img2Img", "Inpaint", "ControlNet", "ControlNetInpainting")
     ),
     towers=(
-        dataclasses.replace(CLIP_L, config=dataclasses.replace(ClipTextConfig.sd15(), projection_dim=768)),
+        dataclasses.replace(
+            CLIP_L,
+            config=dataclasses.replace(ClipTextConfig.sd15(), projection_dim=768),
+            identity_projection=True,
+        ),
         CLIP_G,
         T5,
     ),

@@ -15,7 +15,7 @@ import dataclasses
 import importlib.metadata
 import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -80,6 +80,7 @@ def write_checkpoint(
     metadata: CheckpointMetadata,
     tokenizers: Mapping[str, SavesFiles],
     overwrite: bool = False,
+    check: Callable[[Path], dict[str, Any]] | None = None,
 ) -> None:
     """Writes a checkpoint part by part, each twice in memory at most; `out` appears whole or not at all.
 
@@ -89,6 +90,8 @@ def write_checkpoint(
         metadata: Stored as Orbax's custom metadata.
         tokenizers: Tower name -> tokenizer.
         overwrite: Whether an existing checkpoint may be replaced; it is kept until the new one is whole.
+        check: Called with the new checkpoint before it appears; what it returns becomes part of the provenance, and
+            what it raises leaves everything as it was.
 
     Raises:
         CheckpointError: `out` exists, holds something else than a checkpoint, or cannot be written.
@@ -124,6 +127,16 @@ def write_checkpoint(
             # Without the files at the top: they are small, and Orbax's own.
             sizes = {str(p.relative_to(folder)): p.stat().st_size for p in folder.rglob("*/*") if p.is_file()}
             (folder / _FILES).write_text(json.dumps(sizes, indent=1))
+        if check is not None:
+            _add_provenance(folder, check(folder))
+
+
+def _add_provenance(folder: Path, found: dict[str, Any]) -> None:
+    """Adds to the custom metadata, which Orbax keeps as JSON."""
+    path = folder / "_CHECKPOINT_METADATA"
+    whole = json.loads(path.read_text())
+    whole["custom_metadata"]["provenance"] |= found
+    path.write_text(json.dumps(whole))
 
 
 @contextlib.contextmanager
@@ -225,24 +238,44 @@ def read_params(
     specs: Mapping[str, Mapping[str, TensorSpec]],
     dtype: np.dtype | None,
     *,
+    towers: Collection[str] | None = None,
     progress: bool | None = None,
 ) -> dict[str, Any]:
     """Loads the params onto the default device, cast to `dtype` (None keeps what is stored).
 
+    Args:
+        path: The checkpoint.
+        specs: All that it holds.
+        dtype: To cast to.
+        towers: Those to load; None means all.
+        progress: Whether to show a progress bar; None means on a terminal.
+
     Raises:
         CheckpointError: float16 cannot hold a value, or Orbax cannot read the data.
     """
+    towers = specs.keys() if towers is None else towers
+    leaves: dict[str, dict[str, jax.Array]] = {}
+    total = sum(spec.nbytes for tower in towers for spec in specs[tower].values())
+    with byte_bar(total, "Loading", progress) as bar:
+        for tower, p, leaf in iter_params(path, specs, dtype, towers):
+            leaves.setdefault(tower, {})[p] = leaf
+            bar.update(specs[tower][p].nbytes)
+    return {tower: unflatten(tree) for tower, tree in leaves.items()}
+
+
+def iter_params(
+    path: Path, specs: Mapping[str, Mapping[str, TensorSpec]], dtype: np.dtype | None, towers: Collection[str]
+) -> Iterator[tuple[str, str, jax.Array]]:
+    """Tower, path and array of every parameter of some towers, a few hundred MB at a time; as in `read_params`."""
     flat = {(tower, p): spec for tower, tree in specs.items() for p, spec in tree.items()}
-    leaves: dict[tuple[str, str], jax.Array] = {}
-    total = sum(spec.nbytes for spec in flat.values())
-    with byte_bar(total, "Loading", progress) as bar, _quiet_orbax():
-        for group in _groups(flat):
-            leaves |= _read_group(path, flat, group, dtype)
-            bar.update(sum(flat[key].nbytes for key in group))
-    for (tower, p), leaf in leaves.items():
-        if leaf.dtype == jnp.float16 and flat[tower, p].dtype != np.float16:
-            check_range(float(jnp.abs(leaf).max()), f"{tower}/{p}")
-    return {tower: unflatten({p: leaves[tower, p] for p in tree}) for tower, tree in specs.items()}
+    for group in _groups({key: spec for key, spec in flat.items() if key[0] in towers}):
+        with _quiet_orbax():
+            read = _read_group(path, flat, group, dtype)
+        for tower, p in group:
+            leaf = read.pop((tower, p))
+            if leaf.dtype == jnp.float16 and flat[tower, p].dtype != np.float16:
+                check_range(float(jnp.abs(leaf).max()), f"{tower}/{p}")
+            yield tower, p, leaf
 
 
 def _groups(flat: Mapping[tuple[str, str], TensorSpec]) -> Iterator[list[tuple[str, str]]]:

@@ -13,14 +13,22 @@ from pathlib import Path
 
 from clip_jax.errors import CheckpointError
 
+CHECKPOINT_MARK = "_CHECKPOINT_METADATA"
+"""The file by which a checkpoint of this package is known, so that it may be replaced."""
+
 
 @contextlib.contextmanager
-def staged_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
+def staged_folder(out: Path, *, overwrite: bool = False, mark: str = CHECKPOINT_MARK) -> Iterator[Path]:
     """Yields a path at which to make a folder, which is renamed to `out` if the block ends without an error.
 
     It lies hidden beside `out`, so that the last step is a rename. A process that is killed leaves it
     there under a name nothing loads; the next one that writes to `out` removes it. Two processes that write
     to the same `out` have two folders, and the second to end meets the first one's result.
+
+    Args:
+        out: The folder to make.
+        overwrite: Whether one that is there may be replaced.
+        mark: The file that one has to have to be replaced.
 
     Raises:
         CheckpointError: `out` exists and `overwrite` is off, or it is not a folder this package wrote.
@@ -32,7 +40,7 @@ def staged_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
     except OSError as error:
         raise CheckpointError(f"{out} cannot be written: {error}. Choose another place.") from error
     _recover(out, prefix)
-    check_free(out, overwrite)
+    check_free(out, overwrite, mark)
     nameless = Path(tempfile.mkdtemp(prefix=".clip-jax-", dir=out.parent))
     with open(nameless / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -40,7 +48,7 @@ def staged_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
         stage = nameless.rename(out.parent / f"{prefix}{nameless.name.removeprefix('.clip-jax-')}")
         try:
             yield stage / "new"
-            check_free(out, overwrite)
+            check_free(out, overwrite, mark)
             if out.exists():
                 out.rename(stage / "old")
             (stage / "new").rename(out)
@@ -55,8 +63,8 @@ def staged_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
             shutil.rmtree(stage, ignore_errors=True)
 
 
-def check_free(out: Path, overwrite: bool) -> None:
-    """Refuses to replace what is at `out`, unless it is a checkpoint and `overwrite` is on.
+def check_free(out: Path, overwrite: bool, mark: str = CHECKPOINT_MARK) -> None:
+    """Refuses to replace what is at `out`, unless it has the file `mark` and `overwrite` is on.
 
     Raises:
         CheckpointError: Something is there that is to be kept.
@@ -67,7 +75,7 @@ def check_free(out: Path, overwrite: bool) -> None:
         raise CheckpointError(
             f"{out} exists already. Choose another name, or replace it with overwrite=True (--overwrite)."
         )
-    if not (out / "_CHECKPOINT_METADATA").is_file() and not (out.is_dir() and not any(out.iterdir())):
+    if not (out / mark).is_file() and not (out.is_dir() and not any(out.iterdir())):
         raise CheckpointError(
             f"{out} is not a checkpoint written by clip_jax, so it is not overwritten. Choose another name."
         )

@@ -2,6 +2,7 @@
 
 from clip_jax.tokenizers.clip import ClipTokenizer as ClipTokenizer
 from clip_jax.tokenizers.of_config import check_vocabulary as check_vocabulary
+from clip_jax.tokenizers.of_config import choose_tokenizers as choose_tokenizers
 from clip_jax.tokenizers.of_config import read_tokenizer as read_tokenizer
 from clip_jax.tokenizers.rows import Overflow as Overflow
 from clip_jax.tokenizers.rows import RowTokenizer as RowTokenizer

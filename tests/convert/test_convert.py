@@ -100,6 +100,7 @@ def test_provenance(tiny_sd15, converted):
         "towers": {
             "clip_l": {
                 "files": ["model.safetensors"],
+                "names": "transformers",
                 "sha256": {"model.safetensors": sha256(tiny_sd15 / "text_encoder" / "model.safetensors")},
                 "dtypes": ["float32"],
                 "ignored": [],
@@ -408,7 +409,7 @@ def test_options_reach_the_hub(repo, tmp_path):
 @pytest.mark.parametrize("call", [clip_jax.load, clip_jax.info, clip_jax.load_tokenizers])
 def test_without_network_one_error_says_all_that_was_tried(repo, call):
     repo.stop()
-    message = "^'owner/name' is not a local folder; as a Hub repo: owner/name: the Hub cannot be reached"
+    message = "^'owner/name' is not a local path; as a Hub repo: owner/name: the Hub cannot be reached"
     with pytest.raises(CheckpointError, match=message):
         call("owner/name", family="sd15")
 
@@ -416,6 +417,6 @@ def test_without_network_one_error_says_all_that_was_tried(repo, call):
 def test_without_network_nothing_is_left_by_convert(repo, tmp_path):
     repo.stop()
     (tmp_path / "place").mkdir()
-    with pytest.raises(CheckpointError, match="not a local folder; as a Hub repo: .*cannot be reached"):
+    with pytest.raises(CheckpointError, match="not a local path; as a Hub repo: .*cannot be reached"):
         convert("owner/name", tmp_path / "place" / "out")
     assert digests(tmp_path / "place") == {}

@@ -253,11 +253,11 @@ def test_what_answers_is_not_the_hub(pipe):
         ),
         ({"model_index.json", "tokenizer/vocab.json"}, "owner/x: expected a folder text_encoder"),
         (
-            {"model_index.json", "text_encoder/pytorch_model.bin"},
-            "owner/x/text_encoder: .* found pytorch_model.bin. Only safetensors can be read",
+            {"model_index.json", "text_encoder/tf_model.h5"},
+            "owner/x/text_encoder: .* found tf_model.h5. Name the file itself",
         ),
         ({"README.md"}, "owner/x: expected model.safetensors .* found no weights at all"),
-        ({"flax_model.msgpack", "config.json"}, "owner/x: .* found flax_model.msgpack. Only safetensors"),
+        ({"clip_l.safetensors", "config.json"}, "owner/x: .* found clip_l.safetensors. Name the file itself"),
     ],
 )
 def test_repos_without_a_text_encoder_to_read(hub, files, message):
@@ -279,7 +279,7 @@ def test_an_index_that_leads_elsewhere(pipe):
     index = {"weight_map": {"a": "../unet/diffusion_pytorch_model.safetensors"}}
     pipe.repos[REPO]["main"]["text_encoder_2/model.safetensors.index.json"] = json.dumps(index).encode()
 
-    with pytest.raises(CheckpointError, match=r"expected plain names of safetensors files"):
+    with pytest.raises(CheckpointError, match=r"expected plain names of weight files"):
         fetch(REPO)
     assert not [path for path in pipe.downloads() if path.startswith("unet")]
 

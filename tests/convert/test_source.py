@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from clip_jax.convert.source import WEIGHTS, open_folder, open_safetensors, pick_weights
+from clip_jax.convert.source import WEIGHTS, open_source, pick_weights, sha256
 from clip_jax.errors import CheckpointError
 
 
@@ -23,30 +23,28 @@ def save_index(folder: Path, weight_map: object, variant: str = "") -> None:
 def test_one_file(tmp_path):
     save(tmp_path / "clip_l.safetensors", a=1, b=2)
 
-    source = open_safetensors(tmp_path / "clip_l.safetensors")
+    source = open_source(tmp_path / "clip_l.safetensors")
 
     assert source.files == (tmp_path / "clip_l.safetensors",)
-    assert set(source.tensors) == {"a", "b"}
-    assert source.tensors["b"].file == tmp_path / "clip_l.safetensors"
-    np.testing.assert_array_equal(source.read("b"), np.array([2, 2], np.float32), strict=True)
-    with pytest.raises(CheckpointError, match=r"clip_l\.safetensors: expected a tensor 'c', found 2 others"):
-        source.read("c")
+    assert source.format == "safetensors"
+    assert set(source.state) == {"a", "b"}
+    np.testing.assert_array_equal(source.state["b"].read(), np.array([2, 2], np.float32), strict=True)
 
 
 def test_the_order_in_which_names_are_tried(tmp_path):
     for value, name in enumerate(WEIGHTS):
         if name.endswith(".json"):
-            shard = f"model-0000{value}-of-00001.safetensors"
+            shard = f"shard-{value:02}.safetensors"
             save(tmp_path / shard, a=value)
             (tmp_path / name).write_text(json.dumps({"weight_map": {"a": shard}}))
         else:
             save(tmp_path / name, a=value)
-    for name in ("open_clip_model.safetensors", "pytorch_model.bin", "model.fp32.safetensors"):
+    for name in ("model.fp32.safetensors", "diffusion_pytorch_model.bin", "tf_model.h5"):
         (tmp_path / name).write_text("not looked at")
 
     for value, name in enumerate(WEIGHTS):
         assert pick_weights([path.name for path in tmp_path.iterdir()]) == name
-        np.testing.assert_array_equal(open_folder(tmp_path).read("a"), value)
+        np.testing.assert_array_equal(open_source(tmp_path).state["a"].read(), value)
         (tmp_path / name).unlink()
     assert pick_weights([path.name for path in tmp_path.iterdir()]) is None
     assert WEIGHTS[:3] == ("model.safetensors", "model.safetensors.index.json", "model.fp16.safetensors")
@@ -56,13 +54,8 @@ def test_the_order_in_which_names_are_tried(tmp_path):
     ("names", "message"),
     [
         ([], "expected model.safetensors .* found no weights at all. Check the path"),
-        (
-            ["config.json", "pytorch_model.bin"],
-            "found pytorch_model.bin. Only safetensors .*safe_serialization=True",
-        ),
-        (["flax_model.msgpack", "tf_model.h5"], "found flax_model.msgpack, tf_model.h5. Only safetensors"),
-        (["t5-xxl-Q4_K.gguf"], "found t5-xxl-Q4_K.gguf. Only safetensors"),
-        (["clip_l.safetensors", "x.bin"], "found clip_l.safetensors. Rename the one to load"),
+        (["config.json", "tf_model.h5", "model.onnx"], "found model.onnx, tf_model.h5. Name the file itself"),
+        (["clip_l.safetensors", "x.ckpt"], "found clip_l.safetensors, x.ckpt. Name the file itself"),
     ],
 )
 def test_no_weights_of_a_usual_name(tmp_path, names, message):
@@ -70,15 +63,13 @@ def test_no_weights_of_a_usual_name(tmp_path, names, message):
         (tmp_path / name).write_bytes(b"")
 
     with pytest.raises(CheckpointError, match=message) as caught:
-        open_folder(tmp_path)
+        open_source(tmp_path)
     assert str(caught.value).startswith(f"{tmp_path}: ")
 
 
 def test_no_folder_at_the_path(tmp_path):
-    with pytest.raises(
-        CheckpointError, match=r"text_encoder: expected a folder with model\.safetensors, found No such"
-    ):
-        open_folder(tmp_path / "text_encoder")
+    with pytest.raises(CheckpointError, match=r"text_encoder: expected a file of weights, found no file\. Check"):
+        open_source(tmp_path / "text_encoder")
 
 
 def test_shards_are_one_source(tmp_path):
@@ -87,13 +78,17 @@ def test_shards_are_one_source(tmp_path):
     save(tmp_path / "model-3.safetensors", d=4)  # of another checkpoint: in no index
     save_index(tmp_path, {"a": "model-1.safetensors", "b": "model-1.safetensors", "c": "model-2.safetensors"})
 
-    source = open_folder(tmp_path)
+    source = open_source(tmp_path)
 
     assert source.files == (tmp_path / "model-1.safetensors", tmp_path / "model-2.safetensors")
-    assert {name: float(source.read(name)[0]) for name in source.tensors} == {"a": 1, "b": 2, "c": 3}
-    assert source.tensors["c"].file == tmp_path / "model-2.safetensors"
-    with pytest.raises(CheckpointError, match=r"model-1.safetensors, .*model-2.safetensors: expected a tensor 'd'"):
-        source.read("d")
+    assert {name: float(tensor.read()[0]) for name, tensor in source.state.items()} == {"a": 1, "b": 2, "c": 3}
+
+
+def test_an_index_by_its_own_path(tmp_path):
+    save(tmp_path / "part-1.safetensors", a=1)
+    (tmp_path / "other.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "part-1.safetensors"}}))
+
+    assert set(open_source(tmp_path / "other.safetensors.index.json").state) == {"a"}
 
 
 def test_all_missing_shards_are_named(tmp_path):
@@ -101,7 +96,7 @@ def test_all_missing_shards_are_named(tmp_path):
     save_index(tmp_path, {name: f"model-{i}.safetensors" for i, name in enumerate("abc", 1)})
 
     with pytest.raises(CheckpointError, match=r"3 shards .* 2 are missing: model-1.safetensors, model-3.safetensors"):
-        open_folder(tmp_path)
+        open_source(tmp_path)
 
 
 def test_all_faults_of_an_index_are_named(tmp_path):
@@ -111,7 +106,7 @@ def test_all_faults_of_an_index_are_named(tmp_path):
     save_index(tmp_path, {name: f"model-{shard}.safetensors" for name, shard in places.items()})
 
     with pytest.raises(CheckpointError) as caught:
-        open_folder(tmp_path)
+        open_source(tmp_path)
 
     faults = str(caught.value).split("found ")[1].split(". Get")[0].split("; ")
     assert faults == [
@@ -126,20 +121,20 @@ def test_very_many_faults_are_cut(tmp_path):
     save_index(tmp_path, dict.fromkeys(map(str, range(1000)), "model-1.safetensors"))
 
     with pytest.raises(CheckpointError, match="lacks '19' and 981 more") as caught:
-        open_folder(tmp_path)
+        open_source(tmp_path)
     assert len(str(caught.value)) < 2000
 
 
 OUTSIDE = ["../model.safetensors", "/model.safetensors", "a/b.safetensors", "a\\b.safetensors", "", ".."]
-NO_SHARD = ["model.bin", "a\0.safetensors", "a.safetensors\n", 3, None, ["model.safetensors"]]
+NO_SHARD = ["model.h5", "a\0.safetensors", "a.safetensors\n", 3, None, ["model.safetensors"]]
 
 
 @pytest.mark.parametrize("shard", OUTSIDE + NO_SHARD)
 def test_an_index_does_not_lead_out_of_its_folder(tmp_path, shard):
     save_index(tmp_path, {"a": "model-1.safetensors", "b": shard})
 
-    with pytest.raises(CheckpointError, match="expected plain names of safetensors files, found ") as caught:
-        open_folder(tmp_path)
+    with pytest.raises(CheckpointError, match="expected plain names of weight files, found ") as caught:
+        open_source(tmp_path)
     assert f"found {shard!r}." in str(caught.value)
 
 
@@ -158,14 +153,14 @@ def test_damaged_indices(tmp_path, index, message):
     (tmp_path / "model.safetensors.index.json").write_text(index)
 
     with pytest.raises(CheckpointError, match=message):
-        open_folder(tmp_path)
+        open_source(tmp_path)
 
 
 def test_an_index_that_cannot_be_read(tmp_path):
     (tmp_path / "model.safetensors.index.json").mkdir()
 
     with pytest.raises(CheckpointError, match=r"index\.json: cannot be read: Is a directory"):
-        open_folder(tmp_path)
+        open_source(tmp_path)
 
 
 def test_sha256_of_every_file(tmp_path):
@@ -175,9 +170,9 @@ def test_sha256_of_every_file(tmp_path):
     save_index(tmp_path, {name: name for name in content})
     steps: list[int] = []
 
-    digests = open_folder(tmp_path).sha256(steps.append)
+    digests = {path.name: sha256(path, steps.append) for path in open_source(tmp_path).files}
 
     assert digests == {name: hashlib.sha256((tmp_path / name).read_bytes()).hexdigest() for name in content}
     assert sum(steps) == sum((tmp_path / name).stat().st_size for name in content)
     assert len(steps) > 2  # several for each file: a bar moves
-    assert open_folder(tmp_path).sha256() == digests
+    assert sha256(tmp_path / "model-1.safetensors") == digests["model-1.safetensors"]

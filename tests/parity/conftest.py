@@ -9,8 +9,11 @@ from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
+
+jax.config.update("jax_disable_most_optimizations", False)
 
 _ERRORS = pytest.StashKey[dict[str, dict[str, float]]]()
 

@@ -14,7 +14,7 @@ import pytest
 import safetensors
 import safetensors.numpy
 
-from clip_jax.convert.safetensors import DTYPES, SafetensorsFile
+from clip_jax.convert.readers.safetensors import DTYPES, SafetensorsFile
 from clip_jax.errors import CheckpointError
 
 
@@ -141,23 +141,9 @@ def test_no_file_at_the_path(tmp_path):
     ("content", "message"),
     [
         (b"", "found an empty one. Download"),
-        (b"\x01\x02\x03", "found only 3 bytes. Download"),
-        (
-            b"version https://git-lfs.github.com/spec/v1\noid sha256:0",
-            "Git LFS pointer .* Run `git lfs pull`",
-        ),
-        (b"PK\x03\x04" + bytes(40), "zip archive, most likely a PyTorch .* `save_pretrained"),
-        (b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.", "a pickle, most likely a PyTorch"),
-        (b"\x82\xa6params" + bytes(40), "msgpack, most likely of Flax"),
-        (b"\x89HDF\r\n\x1a\n" + bytes(40), "HDF5"),
-        (b"GGUF\x03" + bytes(40), "a GGUF file"),
-        (b"<!DOCTYPE html><html>", "an HTML or XML page, most likely a failed download. Download it again"),
-        (b'{"weight_map": {}}', "a JSON file. If it is an index of shards, open the folder"),
-        (struct.pack("<Q", 2) + b"[]", r"a header that begins with b'\[', not with b'\{'"),
-        (
-            struct.pack("<Q", 100_000_001) + b"{}",
-            "a header length of 100000001 bytes, above the limit of 100000000",
-        ),
+        (b"\x01\x02\x03", "expected a header that begins with b'{', found b''"),
+        (struct.pack("<Q", 2) + b"[]", r"a header that begins with b'\{', found b'\['"),
+        (struct.pack("<Q", 100_000_001) + b"{}", "at most 100000000 bytes, found a length of 100000001"),
         (
             struct.pack("<Q", 12) + b"{}",
             "cut short: expected a header of 12 bytes, found that 10 bytes are missing",

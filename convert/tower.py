@@ -1,0 +1,183 @@
+"""One text encoder of a foreign checkpoint: its architecture, and where every parameter comes from."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from clip_jax.config import ClipTextConfig, TowerConfig
+from clip_jax.convert.hf_keys import KeyMap, map_keys, to_flax
+from clip_jax.convert.layouts import Encoder, Projection
+from clip_jax.convert.source import TensorSource
+from clip_jax.convert.state import StateDict, Tensor
+from clip_jax.errors import CheckpointError
+from clip_jax.families import Tower
+from clip_jax.params.cast import cast, param_dtype
+from clip_jax.params.shapes import TensorSpec, param_shapes
+from clip_jax.tokenizers import ClipTokenizer, RowTokenizer, read_tokenizer
+
+_TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "spiece.model")
+_PROJECTION = "text_projection.weight"
+_SWITCH = 'text_projection="as_is" or "transpose" (--text-projection)'
+
+# The corner of bigG's projection [D, P], row 0 and column 0, in sd_xl_base_1.0: https://github.com/Stability-AI/
+# generative-models/issues/111.
+_BIG_G_ROW, _BIG_G_COLUMN = (-0.0348, 0.0218, -0.0025), (-0.0348, -0.0037, 0.0261)
+
+
+@dataclasses.dataclass(frozen=True)
+class ForeignTower:
+    """One text encoder of a foreign checkpoint.
+
+    Attributes:
+        config: Its architecture.
+        encoder: Its tensors under transformers' names, and what they are called in the source.
+        source: The files that hold them.
+        map: Where its parameters are among them.
+        tokenizer_folder: Where its tokenizer should be, if anywhere.
+        pad_token: Of its tokenizer, if there is none.
+    """
+
+    config: TowerConfig
+    encoder: Encoder
+    source: TensorSource
+    map: KeyMap
+    tokenizer_folder: Path | None
+    pad_token: str
+
+    @property
+    def state(self) -> StateDict:
+        """Its tensors, under transformers' names."""
+        return self.encoder.state
+
+    def specs(self) -> dict[str, TensorSpec]:
+        """Path -> shape and dtype, in the order of the tree."""
+        shapes = param_shapes(self.config)
+        return {p: TensorSpec(shapes[p], _stored_dtype(self.state[key])) for p, (key, _) in self.map.keys.items()}
+
+    def read(self, path: str, dtype: np.dtype | None) -> np.ndarray:
+        """One parameter for a tower in `dtype` (None: that of `specs`); it may be a view of the file."""
+        key, transposed = self.map.keys[path]
+        tensor = self.state[key]
+        array = to_flax(tensor.read(), transposed)
+        wanted = _stored_dtype(tensor) if dtype is None else param_dtype(path, dtype)
+        return np.ascontiguousarray(cast(array, wanted, tensor.key))
+
+    def check_twins(self) -> None:
+        """Compares tensors of which the source has two copies.
+
+        Raises:
+            CheckpointError: They differ, so that there is no telling which one is meant.
+        """
+        for key, other in self.map.twins:
+            if not np.array_equal(self.state[key].read(), self.state[other].read()):
+                raise CheckpointError(
+                    f"{self.source.files[0]}: {key} and {other} are the same parameter, and differ. "
+                    f"Save the model again with one of them."
+                )
+
+    def tokenizer(self) -> RowTokenizer:
+        """The tokenizer of its folder; where there is none, the packaged one of CLIP, or that of a GGUF file."""
+        folder = self.tokenizer_folder
+        if folder is not None and any((folder / name).is_file() for name in _TOKENIZER_FILES):
+            return read_tokenizer(self.config, folder)
+        if isinstance(self.config, ClipTextConfig):
+            return ClipTokenizer.packaged(self.pad_token, self.config.max_position_embeddings)
+        if "tokenizer.ggml.tokens" in self.source.metadata:
+            from clip_jax.convert.gguf_tokenizer import gguf_tokenizer
+
+            return gguf_tokenizer(self.source.metadata, self.source.files[0])
+        return read_tokenizer(self.config, folder or Path())  # says what is missing
+
+
+def open_tower(
+    tower: Tower,
+    encoder: Encoder,
+    config: TowerConfig,
+    source: TensorSource,
+    *,
+    tokenizer_folder: Path | None,
+    where: str,
+    projection: Projection,
+    whole: bool,
+) -> ForeignTower:
+    """Pairs the parameters of a tower with the tensors of an encoder.
+
+    Args:
+        tower: Of the family.
+        encoder: The tensors.
+        config: The encoder's architecture.
+        source: The files that hold them.
+        tokenizer_folder: Where its tokenizer should be, if anywhere.
+        where: The source, for messages.
+        projection: How `text_projection` is stored.
+        whole: Whether the encoder may have blocks that the family leaves out (SD 2: the last of 24).
+
+    Raises:
+        CheckpointError: The tensors are not those of the architecture, or `text_projection` is a dummy.
+    """
+    source_blocks = None
+    if encoder.kind != ("clip" if isinstance(config, ClipTextConfig) else "t5"):
+        found = {"clip": "a CLIP text model", "t5": "a T5 encoder"}[encoder.kind]
+        raise CheckpointError(f"{where}: its config and its weights are of two models; found the tensors of {found}.")
+    if isinstance(config, ClipTextConfig) and isinstance(tower.config, ClipTextConfig):
+        if whole:
+            source_blocks = config.num_hidden_layers
+            kept = min(config.num_hidden_layers, tower.config.num_hidden_layers)
+            config = dataclasses.replace(config, num_hidden_layers=kept)
+        if tower.config.projection_dim is None:
+            config = dataclasses.replace(config, projection_dim=None)
+        elif config.projection_dim is not None and _PROJECTION in encoder.state:
+            encoder, config = _check_projection(tower, encoder, config, where, projection)
+        if tower.config.projection_dim is not None and config.projection_dim is None and not tower.identity_projection:
+            raise CheckpointError(
+                f"{where}: {tower.name} has no text_projection, without which there is no pooled embedding. Take a "
+                f"checkpoint that has it; it is never made up."
+            )
+    what = where if encoder.layout == "transformers" else f"{where} ({encoder.layout} names, as those of transformers)"
+    key_map = map_keys(encoder.state, config, what, source_blocks=source_blocks)
+    return ForeignTower(config, encoder, source, key_map, tokenizer_folder, tower.pad_token)
+
+
+def _check_projection(
+    tower: Tower, encoder: Encoder, config: ClipTextConfig, where: str, projection: Projection
+) -> tuple[Encoder, ClipTextConfig]:
+    """Leaves out a projection that is a dummy, and warns of one that looks like its own transpose."""
+    tensor = encoder.state[_PROJECTION]
+    if len(tensor.shape) != 2 or 0 in tensor.shape or projection != "auto":
+        return encoder, config
+    kernel = tensor.read().T  # [D, P]
+    if np.all(kernel[0] == 1) and np.all(kernel == 1):
+        warnings.warn(
+            f"{where}: {tensor.key} is all ones, a dummy that some tools write; it is left out. To take it as it is, "
+            f"pass {_SWITCH}.",
+            UserWarning,
+            stacklevel=2,
+        )
+        rest = {name: other for name, other in encoder.state.items() if name != _PROJECTION}
+        return dataclasses.replace(encoder, state=rest), dataclasses.replace(config, projection_dim=None)
+    if tower.name == "clip_g" and _is_big_g(kernel.T) and not _is_big_g(kernel):
+        warnings.warn(
+            f"{where}: {tensor.key} looks like SDXL's projection transposed, as one of kohya's scripts leaves it. It "
+            f"is read by its name; pass {_SWITCH} if the images are wrong.",
+            UserWarning,
+            stacklevel=2,
+        )
+    return encoder, config
+
+
+def _is_big_g(kernel: np.ndarray) -> bool:
+    """Whether this is the projection [D, P] of SDXL's bigG, or one fine-tuned from it."""
+    row, column = kernel[0, :3].astype(np.float32), kernel[:3, 0].astype(np.float32)
+    return bool(np.allclose(row, _BIG_G_ROW, atol=2e-3) and np.allclose(column, _BIG_G_COLUMN, atol=2e-3))
+
+
+def _stored_dtype(tensor: Tensor) -> np.dtype:
+    """What a parameter is kept in by default: that of its tensor, bfloat16 where the tensor is quantised."""
+    if tensor.stored is not None:
+        return np.dtype(ml_dtypes.bfloat16)
+    return np.dtype(np.float32) if tensor.dtype == np.float64 else tensor.dtype

@@ -1,0 +1,193 @@
+"""Every layout gives the params and the embeddings of the diffusers folder of the same model."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import clip_jax
+from clip_jax import FAMILIES
+from clip_jax.convert import convert
+from clip_jax.params.shapes import flatten
+from clip_jax.tokenizers.stand_in import stand_in_t5_tokenizer
+from tests.checkpoints import TINY_H, hf_state
+from tests.formats import LAYOUTS, Layout
+from tests.formats.files import write_safetensors
+from tests.formats.model import CONFIGS, State, configs_of, model, used, write_pipeline_folder
+from tests.formats.names import open_clip
+from tests.formats.values import cast
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_sd21() -> Iterator[None]:
+    """SD 2 does without the last block of the small H, too."""
+    towers = (dataclasses.replace(FAMILIES["sd21"].towers[0], config=TINY_H),)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(FAMILIES, "sd21", dataclasses.replace(FAMILIES["sd21"], towers=towers))
+        yield
+
+
+@pytest.fixture(scope="module")
+def t5_tokenizer(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    stand_in_t5_tokenizer().save(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, clip_jax.TextEncoder]:
+    """Family -> what its diffusers folder gives."""
+    place, encoders = tmp_path_factory.mktemp("folders"), {}
+    for family in FAMILIES:
+        source = write_pipeline_folder(place / family, family, {name: used(name) for name in CONFIGS})
+        encoders[family] = clip_jax.load(source, family=family)
+    return encoders
+
+
+def layout_called(name: str) -> Layout:
+    if "GGUF" in LAYOUTS[name].format:
+        pytest.importorskip("gguf")
+    return LAYOUTS[name]
+
+
+@pytest.fixture(params=LAYOUTS)
+def layout(request) -> Layout:
+    return layout_called(request.param)
+
+
+def options_of(layout: Layout, t5_tokenizer: Path) -> dict[str, Any]:
+    tokenizer = {"tokenizer": {"t5": t5_tokenizer}} if "t5" in layout.names else {}
+    return {"config": configs_of(layout.family), **tokenizer, **layout.options}
+
+
+def expected_params(state: State) -> State:
+    """The parameters that a state dict of transformers stands for, by its rules."""
+    leaves = {}
+    for name, array in state.items():
+        *module, kind = name.split(".")
+        if kind == "weight" and ("norm" not in module[-1] or "text_model" in module):
+            embedding = module[-1] in ("shared", "relative_attention_bias") or module[-1].endswith("embedding")
+            kind = "embedding" if embedding else "scale" if "norm" in module[-1] else "kernel"
+        leaves["/".join([*module, kind])] = array.T if kind == "kernel" else array
+    return leaves
+
+
+def assert_params_are(params: dict[str, Any], values: State) -> None:
+    expected, found = expected_params(values), flatten(params)
+    assert found.keys() == expected.keys()
+    for path, array in expected.items():
+        np.testing.assert_array_equal(found[path], array.astype(np.float32), err_msg=path, strict=True)
+
+
+def embeddings(encoder: clip_jax.TextEncoder, params: dict[str, Any]) -> dict[str, np.ndarray]:
+    length = {"max_sequence_length": 16} if encoder.family.max_sequence_length else {}
+    found = clip_jax.text_embeddings(params, encoder.tokenize("a cat", **length), family=encoder.family)
+    return {name: np.asarray(leaf) for name, leaf in vars(found).items() if leaf is not None}
+
+
+def test_a_layout_is_the_model_that_was_written(layout, folders, t5_tokenizer, tmp_path):
+    sources, options = layout.files(tmp_path), options_of(layout, t5_tokenizer)
+    encoder, folder = clip_jax.load(sources, **options), folders[layout.family]
+
+    assert encoder.family.name == layout.family
+    assert encoder.params.keys() == folder.params.keys() == layout.names.keys()
+    for tower in layout.names:
+        assert_params_are(encoder.params[tower], layout.values.get(tower, used(tower)))
+
+    # SD 3's folder has the identity for CLIP-L's projection, its files have none.
+    theirs = embeddings(folder, {**folder.params, **{name: encoder.params[name] for name in layout.values}})
+    ours = embeddings(encoder, encoder.params)
+    assert ours.keys() == theirs.keys()
+    for name, array in theirs.items():
+        np.testing.assert_allclose(ours[name], array, rtol=0, atol=1e-6 if layout.family == "sd3" else 0)
+
+    provenance = encoder.provenance
+    assert provenance["format"] == layout.format
+    assert provenance.get("ignored", {}) == layout.ignored
+    assert {name: tower["names"] for name, tower in provenance["towers"].items()} == layout.names
+    aside = {name: len(tower["ignored"]) for name, tower in provenance["towers"].items()}
+    assert aside == {name: layout.aside.get(name, 0) for name in layout.names}
+
+    options.pop("tokenizer", None)
+    info = clip_jax.info(sources, **options)
+    assert info.provenance == provenance
+    kept = {name: set(tower.dtypes) for name, tower in info.towers.items()}
+    assert kept == {name: layout.dtypes.get(name, {"float32"}) for name in layout.names}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "SDXL",
+        "SD 1, Lightning",
+        "FLUX in float8, its transformer in another quantisation",
+        "GGUF Q8_0, names of llama.cpp",
+        "Flax T5",
+    ],
+)
+def test_convert_keeps_what_was_written(name, t5_tokenizer, tmp_path):
+    layout = layout_called(name)
+    sources, options = layout.files(tmp_path), options_of(layout, t5_tokenizer)
+    source = clip_jax.load(sources, **options)
+
+    out = convert(sources, tmp_path / "out", **options)
+
+    loaded, info = clip_jax.load(out), clip_jax.info(out)
+    assert loaded.family == source.family
+    for tower, tree in source.params.items():
+        found = flatten(loaded.params[tower])
+        for path, array in flatten(tree).items():
+            # What was quantised is kept in bfloat16.
+            rounded = np.asarray(array).astype(ml_dtypes.bfloat16).astype(np.float32)
+            quantised = "bfloat16" in layout.dtypes.get(tower, ()) and not np.array_equal(found[path], array)
+            np.testing.assert_array_equal(found[path], rounded if quantised else array, err_msg=path)
+    assert {n: set(t.dtypes) for n, t in info.towers.items()} == {
+        n: layout.dtypes.get(n, {"float32"}) for n in layout.names
+    }
+    towers = info.provenance["towers"]
+    assert info.provenance["format"] == layout.format
+    assert {n: tower["names"] for n, tower in towers.items()} == layout.names
+    assert all(len(digest) == 64 for tower in towers.values() for digest in tower["sha256"].values())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_convert_casts_what_is_quantised(dtype, t5_tokenizer, tmp_path):
+    layout = LAYOUTS["t5xxl_fp8_e4m3fn_scaled"]
+    out = convert(layout.files(tmp_path), tmp_path / "out", dtype=dtype, **options_of(layout, t5_tokenizer))
+    info = clip_jax.info(out)
+    assert info.towers["clip_l"].dtypes == (dtype,)
+    # T5's `wo` overflows float16, and stays in float32.
+    assert set(info.towers["t5"].dtypes) == {dtype, "float32"} - ({"float32"} if dtype == "bfloat16" else set())
+
+
+# --- what the tables above do not show
+
+
+def test_the_end_of_the_prefix_does_not_matter_for_the_projection(tmp_path, folders):
+    """Square as it is, a projection that is read the wrong way round gives other embeddings."""
+    state = {**open_clip(model("clip_g")), "text_projection": model("clip_g")["text_projection.weight"]}
+    source = write_safetensors(tmp_path / "0.weights", state)
+    folder = folders["sdxl_refiner"]
+    wrong = clip_jax.load(source, config=configs_of("sdxl_refiner"))
+    mended = clip_jax.load(source, config=configs_of("sdxl_refiner"), text_projection="transpose")
+    right = embeddings(folder, folder.params)["pooled_prompt_embeds"]
+
+    assert np.abs(embeddings(wrong, wrong.params)["pooled_prompt_embeds"] - right).max() > 0.1
+    np.testing.assert_array_equal(embeddings(mended, mended.params)["pooled_prompt_embeds"], right)
+
+
+def test_longclip_has_its_248_positions(tmp_path):
+    config = dataclasses.replace(CONFIGS["clip_l"], max_position_embeddings=248)
+    source = write_safetensors(tmp_path / "0.weights", open_clip(hf_state(config)))
+    encoder = clip_jax.load(source, config={"clip_l": config})
+    assert encoder("a cat " * 100).prompt_embeds.shape == (2, 248, 32)
+
+
+def test_float16_overflow():
+    pass
