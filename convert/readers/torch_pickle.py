@@ -169,6 +169,8 @@ def load_pickle(file: IO[bytes], path: Path, *, legacy: bool = False) -> Loaded:
                     f"it was run. Get the file from a place that you trust, or as safetensors."
                 )
             step(machine, argument)
+    except CheckpointError:
+        raise
     except (ValueError, TypeError, IndexError, KeyError, OverflowError) as error:
         raise damaged(path, f"its pickle cannot be read ({type(error).__name__}: {short(str(error))})") from error
     raise damaged(path, "its pickle does not end")
