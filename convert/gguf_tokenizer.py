@@ -39,14 +39,14 @@ def gguf_tokenizer(metadata: Mapping[str, Any], path: Path) -> T5Tokenizer:
         )
     tokens = metadata.get("tokenizer.ggml.tokens")
     scores, kinds = (_numbers(metadata.get(f"tokenizer.ggml.{name}")) for name in ("scores", "token_type"))
-    texts = isinstance(tokens, list) and all(isinstance(token, str) for token in tokens)
-    if not texts or not len(tokens) == len(scores) == len(kinds) or not np.isfinite(scores).all():
+    texts = tokens if isinstance(tokens, list) and all(isinstance(token, str) for token in tokens) else []
+    if not len(texts) == len(scores) == len(kinds) or tokens != texts or not np.isfinite(scores).all():
         raise damaged(path, "expected a text, a score and a type of every token")
     while kinds.size and kinds[-1] == _UNUSED:
         kinds = kinds[:-1]
-    vocabulary = [[token, float(score)] for token, score in zip(tokens[: kinds.size], scores, strict=False)]
+    vocabulary = [[token, float(score)] for token, score in zip(texts[: kinds.size], scores, strict=False)]
     added = [
-        {"id": i, "content": tokens[i], "special": True, "normalized": False}
+        {"id": i, "content": texts[i], "special": True, "normalized": False}
         | dict.fromkeys(("single_word", "lstrip", "rstrip"), False)
         for i in np.flatnonzero(np.isin(kinds, (_UNKNOWN, _CONTROL, _USER_DEFINED))).tolist()
     ]

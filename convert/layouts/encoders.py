@@ -105,8 +105,10 @@ def _with_projection(
     rest = {name: tensor for name, tensor in tensors.items() if name not in (_WEIGHT, _BARE)}
     if _WEIGHT in tensors:
         stored, by_name = (tensors[_WEIGHT].transposed(), "as_is") if is_flax else (tensors[_WEIGHT], "transpose")
-    elif _BARE in tensors or beside is not None:
-        stored, by_name = tensors.get(_BARE, beside), "as_is"
+    elif _BARE in tensors:
+        stored, by_name = tensors[_BARE], "as_is"
+    elif beside is not None:
+        stored, by_name = beside, "as_is"
     else:
         return rest
     as_is = (by_name if projection == "auto" else projection) == "as_is"

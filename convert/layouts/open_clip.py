@@ -70,7 +70,7 @@ def as_hf(state: StateDict, where: str) -> dict[str, Tensor]:
     result: dict[str, Tensor] = {}
     for name, tensor in state.items():
         if match := _IN_PROJ.fullmatch(name):
-            result |= _split_in_proj(tensor, *match.groups(), where)
+            result |= _split_in_proj(tensor, match[1], match[2], where)
         else:
             result[_rename(name)] = tensor
     return result

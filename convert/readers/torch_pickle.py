@@ -11,54 +11,28 @@ Reference: Python `pickletools`; torch `serialization.py` (`_save`, `_legacy_sav
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import pickletools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO, Any, NamedTuple
 
-import ml_dtypes
-import numpy as np
-
 from clip_jax.convert.readers.tensor_file import damaged, short
+from clip_jax.convert.readers.torch_tensors import DTYPES, STORAGES, Storage, Strided, kind, strided
 from clip_jax.errors import CheckpointError
 
 MAX_PICKLE_BYTES = 2**24
 """Longest pickle that is read: those of state dicts, with optimizers too, have less than a tenth of it."""
 
-_MAX_DIMS = 64  # of a numpy array
+# Those of Stable Diffusion with its optimizer have a hundred thousand. Each may take a hundred bytes and a
+# microsecond, whatever it does: what takes more is bounded by itself.
+_MAX_INSTRUCTIONS = 1_000_000
+_MAX_GLOBAL = 500  # characters
+_MAX_ARGUMENTS = 20
+_MAX_NAMES, _MAX_NAME = 100_000, 500  # entries of nested dicts; characters
 
-#: Names of dtypes in `torch.`, and what they are in numpy.
-_DTYPES: Mapping[str, np.dtype] = {
-    "float64": np.dtype("<f8"),
-    "float32": np.dtype("<f4"),
-    "float16": np.dtype("<f2"),
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-    "float8_e4m3fn": np.dtype(ml_dtypes.float8_e4m3fn),
-    "float8_e5m2": np.dtype(ml_dtypes.float8_e5m2),
-    "int64": np.dtype("<i8"),
-    "int32": np.dtype("<i4"),
-    "int16": np.dtype("<i2"),
-    "int8": np.dtype("i1"),
-    "uint64": np.dtype("<u8"),
-    "uint32": np.dtype("<u4"),
-    "uint16": np.dtype("<u2"),
-    "uint8": np.dtype("u1"),
-    "bool": np.dtype("?"),
-}
-_STORAGES: Mapping[str, np.dtype] = {
-    "torch.DoubleStorage": _DTYPES["float64"],
-    "torch.FloatStorage": _DTYPES["float32"],
-    "torch.HalfStorage": _DTYPES["float16"],
-    "torch.BFloat16Storage": _DTYPES["bfloat16"],
-    "torch.LongStorage": _DTYPES["int64"],
-    "torch.IntStorage": _DTYPES["int32"],
-    "torch.ShortStorage": _DTYPES["int16"],
-    "torch.CharStorage": _DTYPES["int8"],
-    "torch.ByteStorage": _DTYPES["uint8"],
-    "torch.BoolStorage": _DTYPES["bool"],
-    "torch.storage.UntypedStorage": _DTYPES["uint8"],
-}
 _DICTS = ("collections.OrderedDict", "collections.defaultdict", "builtins.dict", "__builtin__.dict")
 # Found in real checkpoints beside the tensors; what they would have made is of no use here.
 _IGNORED = frozenset(
@@ -72,7 +46,6 @@ _IGNORED = frozenset(
         "numpy.core.multiarray.scalar",
         "numpy._core.multiarray.scalar",
         "numpy.dtype",
-        "torch.Size",
         "torch.device",
         "torch.jit._pickle.build_boollist",
         "torch.jit._pickle.build_doublelist",
@@ -84,46 +57,6 @@ _INERT = re.compile(r"(pytorch_lightning|lightning|lightning_fabric|__torch__)(\
 
 
 @dataclasses.dataclass(frozen=True)
-class Storage:
-    """Memory that tensors share.
-
-    Attributes:
-        key: Its name in the file.
-        dtype: Of its elements; uint8 where the tensors say it.
-        numel: How many elements it has.
-    """
-
-    key: str
-    dtype: np.dtype
-    numel: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Strided:
-    """A tensor: where its elements are in a storage. Lengths and offsets are in elements.
-
-    Attributes:
-        storage: That holds them.
-        dtype: Of an element.
-        offset: Of the first one.
-        shape: Its dimensions.
-        strides: Of each.
-    """
-
-    storage: Storage
-    dtype: np.dtype
-    offset: int
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-
-    def view(self, data: np.ndarray) -> np.ndarray:
-        """The tensor as a view of the storage's bytes, [size] uint8."""
-        size = self.dtype.itemsize
-        strides = [stride * size for stride in self.strides]
-        return np.ndarray(self.shape, self.dtype, data.data, self.offset * size, strides)
-
-
-@dataclasses.dataclass(frozen=True)
 class Global:
     """The name of something that a pickle refers to. Not the thing."""
 
@@ -131,7 +64,13 @@ class Global:
 
 
 class Inert(dict[Any, Any]):
-    """An object of a class that is not there: what would have been its attributes."""
+    """An object of a class that is not there: its items, if it was a dict.
+
+    Attributes:
+        state: What would have been its attributes. Not a copy: many objects may share one.
+    """
+
+    state: Mapping[Any, Any] = MappingProxyType({})
 
 
 class Loaded(NamedTuple):
@@ -159,7 +98,7 @@ def load_pickle(file: IO[bytes], path: Path, *, legacy: bool = False) -> Loaded:
     """
     machine = _Machine(path, 6 if legacy else 5)
     try:
-        for opcode, argument, _ in pickletools.genops(file):
+        for opcode, argument, _ in itertools.islice(pickletools.genops(file), _MAX_INSTRUCTIONS):
             if opcode.name == "STOP":
                 return Loaded(machine.pop(), machine.storages)
             step = _STEPS.get(opcode.name)
@@ -171,9 +110,9 @@ def load_pickle(file: IO[bytes], path: Path, *, legacy: bool = False) -> Loaded:
             step(machine, argument)
     except CheckpointError:
         raise
-    except (ValueError, TypeError, IndexError, KeyError, OverflowError) as error:
-        raise damaged(path, f"its pickle cannot be read ({type(error).__name__}: {short(str(error))})") from error
-    raise damaged(path, "its pickle does not end")
+    except (ValueError, TypeError, IndexError, KeyError, OverflowError, RecursionError) as error:
+        raise damaged(path, f"its pickle cannot be read ({type(error).__name__}: {str(error)[:300]})") from error
+    raise damaged(path, f"its pickle does not end within {_MAX_INSTRUCTIONS} instructions")
 
 
 class _Machine:
@@ -218,16 +157,16 @@ class _Machine:
         if not isinstance(target, dict) or len(items) % 2:
             raise TypeError("expected a dict to set items of")
         for key, value in zip(items[::2], items[1::2], strict=True):
-            if not isinstance(key, str | int | float | bytes | Global | None):
-                raise TypeError(f"expected a name or a number for a key, found {type(key).__name__}")
+            # Of longer numbers as many as one likes have the same hash, and the dict would go through all of them.
+            endless = type(key) is int and key >> 63 not in (0, -1)
+            if endless or not isinstance(key, str | int | float | bytes | Global | None):
+                raise TypeError(f"expected a name or a number for a key, found {kind(key)}")
             target[key] = value
 
-    def find(self, module: Any, name: Any) -> None:
+    def find(self, module: str, name: str) -> None:
         """Pushes a global, if its name is one that may be."""
-        full = f"{module}.{name}"
-        known = full in _CALLS or full in _STORAGES or full in _DICTS or full in _IGNORED
-        dtype = module == "torch" and name in _DTYPES
-        if not (known or dtype or _INERT.fullmatch(str(module))):
+        full = f"{module}.{name}" if len(module) + len(name) < _MAX_GLOBAL else f"{module[:50]}...{name[-50:]}"
+        if not (full in _KNOWN or (_INERT.fullmatch(module) and "..." not in full)):
             raise CheckpointError(
                 f"{self.path}: asks for {short(full)[1:-1]}, which a checkpoint has no use for; nothing of it was run. "
                 f"Get the file from a place that you trust, or as safetensors."
@@ -246,6 +185,8 @@ class _Machine:
         if not isinstance(function, Global) or not isinstance(arguments, tuple):
             raise TypeError("expected a global and its arguments")
         if function.name in _CALLS:
+            if len(arguments) > _MAX_ARGUMENTS:
+                raise TypeError(f"expected at most {_MAX_ARGUMENTS} arguments, found {len(arguments)}")
             self.push(_CALLS[function.name](*arguments))
         elif function.name in _DICTS:
             self.push({})
@@ -256,75 +197,49 @@ class _Machine:
         """Takes the state of an object; only that of an inert one is kept."""
         state, target = self.pop(), self.stack[-1]
         if isinstance(target, Inert) and isinstance(state, dict):
-            target.update(state)
+            target.state = state
         elif not isinstance(target, dict | Strided):
-            raise TypeError(f"expected an object to set the state of, found {type(target).__name__}")
+            raise TypeError(f"expected an object to set the state of, found {kind(target)}")
 
     def persistent(self) -> None:
-        """A storage: ("storage", type, key, location, numel), and the view of it in old files."""
+        """A storage: ("storage", type, key, location, numel), and in old files the view of it, which is None."""
         match self.pop():
-            case ("storage", Global(name), str(key), str(), int(numel), *view) if name in _STORAGES and numel >= 0:
+            case ("storage", Global(name), str(key), str(), int(numel), *view) if name in STORAGES and numel >= 0:
                 if len(view) != self.storage_entries - 5 or any(entry is not None for entry in view):
                     raise ValueError("expected a storage that is no view of another")
-                storage = Storage(key, _STORAGES[name], numel)
+                storage = Storage(key, STORAGES[name], int(numel))
                 if self.storages.setdefault(key, storage) != storage:
                     raise ValueError(f"expected one description of storage {short(key)}, found two")
                 self.push(storage)
             case other:
-                raise ValueError(f"expected a storage, found {_kind(other)}")
+                raise ValueError(f"expected a storage, found {kind(other)}")
 
 
 def _rebuild_tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> Strided:
-    return _strided(storage, offset, size, stride, None)
+    return strided(storage, offset, size, stride)
 
 
 def _rebuild_tensor_v3(
     storage: Any, offset: Any, size: Any, stride: Any, _grad: Any, _hooks: Any, dtype: Any, *_: Any
 ) -> Strided:
-    if not isinstance(dtype, Global):
-        raise TypeError("expected a dtype")
-    return _strided(storage, offset, size, stride, _DTYPES[dtype.name.removeprefix("torch.")])
-
-
-def _strided(storage: Any, offset: Any, size: Any, stride: Any, dtype: np.dtype | None) -> Strided:
-    """A tensor whose every element is in its storage.
-
-    Raises:
-        ValueError: It is not, or has more elements than the storage: they are negative, overlap, or are no numbers.
-    """
-    if not isinstance(storage, Storage):
-        raise TypeError(f"expected a storage, found {type(storage).__name__}")
-    numbers = (offset, *size, *stride)
-    if not all(type(number) is int and number >= 0 for number in numbers):
-        kinds = ", ".join(sorted({_kind(number) for number in numbers if type(number) is not int or number < 0})[:5])
-        raise ValueError(f"expected whole numbers for offset, size and stride, found {kinds}")
-    if len(size) != len(stride) or len(size) > _MAX_DIMS:
-        raise ValueError(f"expected a stride for every dimension, found {short(size)} and {short(stride)}")
-    dtype = dtype or storage.dtype
-    available = storage.numel * storage.dtype.itemsize // dtype.itemsize
-    count, last = 1, offset
-    for length, step in zip(size, stride, strict=True):
-        count *= length
-        last += (length - 1) * step
-    if count > available or (count and last >= available):
-        raise ValueError(
-            f"expected a tensor within the {available} elements of its storage, found shape {short(size)}, strides "
-            f"{short(stride)}, offset {offset}"
-        )
-    # A tensor without elements may point anywhere.
-    return Strided(storage, dtype, offset if count else 0, tuple(size), tuple(stride))
-
-
-def _kind(value: Any) -> str:
-    """What a value is, for messages; never a look into a container, which may hold itself."""
-    return short(value) if isinstance(value, int | str) else f"a {type(value).__name__}"
+    if not isinstance(dtype, Global) or dtype.name not in DTYPES:
+        raise TypeError(f"expected a dtype, found {kind(dtype)}")
+    return strided(storage, offset, size, stride, DTYPES[dtype.name])
 
 
 def _first(value: Any, *_: Any) -> Any:
     return value
 
 
+def _size(lengths: Any = ()) -> tuple[Any, ...]:
+    """What `torch.Size` is: a tuple, that may be the shape of a tensor."""
+    if not isinstance(lengths, tuple | list):
+        raise TypeError(f"expected the lengths of a torch.Size, found {kind(lengths)}")
+    return tuple(lengths)
+
+
 _CALLS: Mapping[str, Callable[..., Any]] = {
+    "torch.Size": _size,
     "torch._utils._rebuild_tensor": _rebuild_tensor,
     "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
     "torch._utils._rebuild_tensor_v3": _rebuild_tensor_v3,
@@ -332,6 +247,8 @@ _CALLS: Mapping[str, Callable[..., Any]] = {
     "torch._utils._rebuild_parameter_with_state": _first,
     "torch.jit._pickle.restore_type_tag": _first,
 }
+
+_KNOWN = frozenset({*_CALLS, *_DICTS, *_IGNORED, *STORAGES, *DTYPES})
 
 _push = _Machine.push
 
@@ -374,13 +291,17 @@ _STEPS: Mapping[str, Callable[[_Machine, Any], None]] = {
 }
 
 
-def tensors_in(root: Any, path: Path, most: int = 1_000_000) -> dict[str, Strided]:
+def tensors_in(root: Any, path: Path) -> dict[str, Strided]:
     """The tensors of a state dict, by dotted names; dicts in it are walked, lists are not.
 
     What training saves beside a state dict called "state_dict" is left out.
 
+    Args:
+        root: What a pickle describes.
+        path: For messages.
+
     Raises:
-        CheckpointError: More than `most` entries, as a dict that holds itself has, or a name twice.
+        CheckpointError: Too many entries or too long a name, as a dict that holds itself has, or a name twice.
     """
     found: dict[str, Strided] = {}
     inner = root.get("state_dict") if isinstance(root, dict) else None
@@ -388,11 +309,15 @@ def tensors_in(root: Any, path: Path, most: int = 1_000_000) -> dict[str, Stride
     count = 0
     while stack:
         prefix, node = stack.pop()
-        for key, value in node.items() if isinstance(node, dict) else ():
+        for key, value in _entries(node):
             count += 1
-            if count > most or len(prefix) > 1000:
-                raise damaged(path, f"its dicts are nested without end, or hold more than {most} entries")
-            name = f"{prefix}{key.name if isinstance(key, Global) else key}"
+            name = _join(prefix, key)
+            if count > _MAX_NAMES or len(name) > _MAX_NAME:
+                raise damaged(
+                    path,
+                    f"expected dicts of at most {_MAX_NAMES} entries and names of at most {_MAX_NAME} characters, "
+                    f"found more: they are nested without end, or no state dict",
+                )
             if name in found:
                 raise damaged(path, f"expected every name once, found {short(name)} twice")
             if isinstance(value, Strided):
@@ -400,3 +325,23 @@ def tensors_in(root: Any, path: Path, most: int = 1_000_000) -> dict[str, Stride
             elif isinstance(value, dict):
                 stack.append((f"{name}.", value))
     return found
+
+
+def _entries(node: Any) -> Iterator[tuple[Any, Any]]:
+    """The items of a dict, and the attributes of an object."""
+    if isinstance(node, dict):
+        yield from node.items()
+    if isinstance(node, Inert):
+        yield from node.state.items()
+
+
+def _join(prefix: str, key: Any) -> str:
+    """A dotted name, cut where it is too long to be one: a long key may be used many times."""
+    match key:
+        case Global(name):
+            return f"{prefix}{name}"
+        case str():
+            return f"{prefix}{key[: _MAX_NAME + 1]}"
+        case bytes():
+            return f"{prefix}{key[: _MAX_NAME + 1]!r}"
+    return f"{prefix}{key}"

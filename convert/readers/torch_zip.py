@@ -23,8 +23,8 @@ from clip_jax.convert.readers.torch_pickle import MAX_PICKLE_BYTES, Strided, loa
 from clip_jax.errors import CheckpointError
 
 _LOCAL_HEADER_BYTES = 30
-_MAX_ENTRIES = 100_000
-_ENCRYPTED = 0x1
+_MAX_DIRECTORY_BYTES = 2**23  # of a hundred thousand entries; the largest checkpoints have a few thousand
+_ENCRYPTED, _UTF8 = 0x1, 0x800  # flags
 
 
 class TorchZipFile:
@@ -109,7 +109,12 @@ class TorchZipFile:
         header = self._content[start : start + _LOCAL_HEADER_BYTES].tobytes()
         if len(header) < _LOCAL_HEADER_BYTES or header[:4] != b"PK\x03\x04":
             raise damaged(self.path, f"expected the header of {name!r} at byte {start}")
-        start += _LOCAL_HEADER_BYTES + int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
+        start += _LOCAL_HEADER_BYTES
+        name_bytes, extra_bytes = int.from_bytes(header[26:28], "little"), int.from_bytes(header[28:30], "little")
+        listed = info.orig_filename.encode("utf-8" if info.flag_bits & _UTF8 else "cp437")
+        if self._content[start : start + name_bytes].tobytes() != listed:
+            raise damaged(self.path, f"expected one name of the entry that the directory calls {name!r}, found two")
+        start += name_bytes + extra_bytes
         if start + info.file_size > len(self._content):
             raise cut_short(
                 self.path, f"{info.file_size} bytes of {name!r}", start + info.file_size - len(self._content)
@@ -117,15 +122,22 @@ class TorchZipFile:
         return self._content[start : start + info.file_size]
 
 
+class _Bounded(io.FileIO):
+    """A file of which `zipfile` cannot read a directory without bound: it does so at once, whatever its length."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is not None and size > _MAX_DIRECTORY_BYTES:
+            raise ValueError(f"expected a directory of at most {_MAX_DIRECTORY_BYTES} bytes, found {size}")
+        return super().read(size) or b""
+
+
 def _entries(path: Path) -> dict[str, zipfile.ZipInfo]:
     """Name -> entry of a zip file."""
     try:
-        with zipfile.ZipFile(path) as archive:
+        with _Bounded(path) as file, zipfile.ZipFile(file) as archive:
             listed = archive.infolist()
     except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError, EOFError) as error:
         raise damaged(path, f"its zip directory cannot be read ({error})") from error
-    if len(listed) > _MAX_ENTRIES:
-        raise damaged(path, f"expected at most {_MAX_ENTRIES} entries, found {len(listed)}")
     entries = {info.filename: info for info in listed}
     if len(entries) < len(listed):
         raise damaged(path, "expected every entry once, found some twice")

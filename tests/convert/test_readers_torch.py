@@ -107,6 +107,33 @@ def test_an_entry_twice_is_refused(tmp_path):
         open_file(path)
 
 
+def test_an_entry_of_two_names_is_refused(tmp_path):
+    """Another reader of zip files would take other bytes for it."""
+    path = write_torch_zip(tmp_path / "x", STATE)
+    path.write_bytes(path.read_bytes().replace(b"archive/data/0", b"archive/data/9", 1))
+    with pytest.raises(CheckpointError, match="one name of the entry that the directory calls 'archive/data/0'"):
+        open_file(path)
+
+
+def test_a_directory_without_bound_is_refused(tmp_path):
+    """As it is read whole, and a thousand times as much memory made of it."""
+    path = write_torch_zip(tmp_path / "x", STATE)
+    content, directory = path.read_bytes(), 2**23 + 1
+    end = content.rindex(b"PK\5\6")
+    size = struct.pack("<I", directory)
+    path.write_bytes(content[:end] + bytes(directory) + content[end : end + 12] + size + content[end + 16 :])
+    with pytest.raises(CheckpointError, match="expected a directory of at most 8388608 bytes, found 8388609"):
+        open_file(path)
+
+
+@pytest.mark.parametrize("lengths", [b"K\2K\2\x86", b"]K\2aK\2a"], ids=["tuple", "list"])
+def test_a_shape_may_be_a_torch_size(tmp_path, lengths):
+    plain = malicious._tensor(0, (2, 2), (2, 1))
+    tensor = plain.replace(b"K\2K\2\x86", b"ctorch\nSize\n" + lengths + b"\x85R", 1)
+    assert tensor != plain
+    assert open_file(legacy(tmp_path, tensor=tensor)).read("w").shape == (2, 2)
+
+
 def test_a_zip_file_cut_short_is_refused(tmp_path):
     path = write_torch_zip(tmp_path / "x", STATE)
     path.write_bytes(path.read_bytes()[:-10])
