@@ -76,7 +76,7 @@ def map_keys(state: StateDict, config: TowerConfig, what: str, *, source_blocks:
         rename: dict[str, str] = {}
         twins: list[tuple[str, str]] = []
     else:
-        embeddings = _find_t5_embeddings(state, what)
+        embeddings = find_t5_embeddings(state, what)
         rename = {"shared.weight": embeddings[0]}
         aside = [_T5_IGNORED, *map(re.escape, embeddings[1:])]
         twins = [(embeddings[0], other) for other in embeddings[1:]]
@@ -117,8 +117,12 @@ def hf_key(path: str) -> tuple[str, bool]:
     return f"{module.replace('/', '.')}.{name}", transposed
 
 
-def _find_t5_embeddings(state: StateDict, what: str) -> list[str]:
-    """The keys of the token embedding, of which checkpoints hold either or both."""
+def find_t5_embeddings(state: StateDict, what: str) -> list[str]:
+    """The keys of the token embedding of a T5 v1.1, of which checkpoints hold either or both.
+
+    Raises:
+        CheckpointError: There is none, or the tensors are those of another T5.
+    """
     other = next((model for key, model in _OTHER_T5.items() if key in state), None)
     found = [key for key in _T5_EMBEDDINGS if key in state]
     if other or not found:

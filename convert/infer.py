@@ -11,8 +11,10 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 from clip_jax.config import ClipTextConfig, T5EncoderConfig, TowerConfig
+from clip_jax.convert.hf_keys import find_t5_embeddings
 from clip_jax.convert.layouts import Encoder
 from clip_jax.errors import CheckpointError
 from clip_jax.tokenizers.files import read_json
@@ -31,6 +33,18 @@ CLIP_TOWERS: Mapping[int, tuple[str, ClipTextConfig]] = MappingProxyType(
 
 _H_BLOCKS = (23, 24)  # SD 2 does without the last, which files hold or not
 _MT5_ROWS = 250112  # of the embedding; in all else an mT5 looks like a T5 v1.1
+
+# What changes the maths of OpenCLIP's text transformer without a trace in the weights, and what CLIP has there.
+_OPEN_CLIP_USUAL: Mapping[str, Any] = MappingProxyType(
+    {
+        "no_causal_mask": False,
+        "embed_cls": False,
+        "final_ln_after_pool": False,
+        "pool_type": "argmax",
+        "act_kwargs": None,
+        "norm_kwargs": None,
+    }
+)
 
 _TOKENS = "text_model.embeddings.token_embedding.weight"
 _POSITIONS = "text_model.embeddings.position_embedding.weight"
@@ -75,16 +89,23 @@ def with_open_clip_config(config: TowerConfig, folder: Path) -> TowerConfig:
     MetaCLIP's and DFN's models have the shapes of OpenCLIP's and OpenAI's activation, which only that file tells.
 
     Raises:
-        CheckpointError: The file cannot be read.
+        CheckpointError: The file cannot be read, or tells of a text encoder that computes something else.
     """
     path = folder / "open_clip_config.json"
     if not isinstance(config, ClipTextConfig) or not path.is_file():
         return config
     match read_json(path):
         case {"model_cfg": {"text_cfg": {"width": config.hidden_size, **text}, **model}}:
+            other = {name: text[name] for name, usual in _OPEN_CLIP_USUAL.items() if text.get(name, usual) != usual}
+            if other:
+                raise CheckpointError(
+                    f"{path} asks for {', '.join(f'{name}={value!r}' for name, value in other.items())}; expected "
+                    f"CLIP's text transformer. It cannot be read."
+                )
+            heads: Any = text.get("heads", config.num_attention_heads)
             return dataclasses.replace(
                 config,
-                num_attention_heads=text.get("heads", config.num_attention_heads),
+                num_attention_heads=heads,
                 hidden_act="quick_gelu" if model.get("quick_gelu", False) else "gelu",
             )
     return config
@@ -136,16 +157,13 @@ def _clip_config(encoder: Encoder, where: str) -> ClipTextConfig:
 def _t5_config(encoder: Encoder, where: str) -> T5EncoderConfig:
     inner, width = _matrix(encoder, f"{_T5_BLOCK_0}.0.SelfAttention.q.weight", where)
     buckets, heads = _matrix(encoder, _T5_BIAS, where)
-    embedding = next((key for key in ("shared.weight", "encoder.embed_tokens.weight") if key in encoder.state), "")
-    vocabulary, _ = _matrix(encoder, embedding or "shared.weight", where)
+    vocabulary, _ = _matrix(encoder, find_t5_embeddings(encoder.state, where)[0], where)
     if vocabulary == _MT5_ROWS:
         raise CheckpointError(
             f"{where} holds an mT5, by the {vocabulary} rows of its embedding; expected a T5 v1.1, which FLUX and SD 3 "
             f"were trained with."
         )
-    gated = f"{_T5_BLOCK_0}.1.DenseReluDense.wi_0.weight"
-    ungated = f"{_T5_BLOCK_0}.1.DenseReluDense.wi.weight"  # of T5 v1.0, which is refused by name later
-    intermediate, _ = _matrix(encoder, ungated if ungated in encoder.state else gated, where)
+    intermediate, _ = _matrix(encoder, f"{_T5_BLOCK_0}.1.DenseReluDense.wi_0.weight", where)
     return T5EncoderConfig(
         d_model=width,
         d_kv=inner // max(heads, 1),

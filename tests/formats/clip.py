@@ -23,9 +23,9 @@ def transformers_layouts() -> dict[str, Layout]:
     whole = {
         **position_ids,
         "logit_scale": ONE,
-        "text_projection.weight": np.ones((32, 32), np.float32),
+        "text_projection.weight": np.ones((16, 16), np.float32),
         "vision_model.embeddings.class_embedding": np.ones(8, np.float32),
-        "visual_projection.weight": np.ones((32, 8), np.float32),
+        "visual_projection.weight": np.ones((16, 8), np.float32),
     }
     layouts = {
         "transformers": plain,
@@ -69,7 +69,7 @@ def open_clip_layouts() -> dict[str, Layout]:
     halved = {
         name: array if "embedding" in name or "norm" in name else array.astype(np.float16) for name, array in L.items()
     }
-    projection = {"text_projection": np.ones((32, 16), np.float16)}
+    projection = {"text_projection": np.ones((16, 8), np.float16)}
     return {
         "OpenCLIP": dataclasses.replace(plain, files=saved({**open_clip(G), **beside}), ignored=counts),
         "OpenCLIP, text alone": plain,

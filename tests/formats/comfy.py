@@ -21,7 +21,7 @@ def comfy_layouts() -> dict[str, Layout]:
             out |= below(f"text_encoders.{name}.transformer.", state)
             out[f"text_encoders.{name}.logit_scale"] = ONE
         if projection:
-            out["text_encoders.clip_l.transformer.text_projection.weight"] = np.full((32, 32), 0.5, np.float32)
+            out["text_encoders.clip_l.transformer.text_projection.weight"] = np.full((16, 16), 0.5, np.float32)
         return {**out, **REST}
 
     def names(**towers: str) -> dict[str, str]:

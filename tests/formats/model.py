@@ -21,11 +21,15 @@ State = dict[str, np.ndarray]
 
 #: Tower name -> architecture. The projection is square as the real one is, and T5's rows fill blocks of 32.
 CONFIGS: Mapping[str, TowerConfig] = {
-    "clip_l": dataclasses.replace(TINY, num_hidden_layers=2),
-    "clip_h": dataclasses.replace(TINY_H, num_hidden_layers=3),  # of which SD 2 uses 2
-    "clip_g": dataclasses.replace(TINY_H, hidden_size=64, num_attention_heads=4, projection_dim=64),
+    "clip_l": dataclasses.replace(TINY, hidden_size=16, intermediate_size=32, num_hidden_layers=2),
+    "clip_h": dataclasses.replace(TINY_H, hidden_size=24, num_hidden_layers=3),
+    "clip_g": dataclasses.replace(TINY_H, hidden_size=32, num_attention_heads=4, projection_dim=32),
     "t5": T5EncoderConfig(d_model=96, d_kv=16, d_ff=160, num_layers=2, num_heads=4, vocab_size=320),
 }
+
+
+#: What SD 2 uses of H.
+SD2_H = dataclasses.replace(TINY_H, hidden_size=24)
 
 
 @functools.cache
@@ -58,7 +62,7 @@ def write_pipeline_folder(folder: Path, family: str, states: Mapping[str, State]
     if family == "sdxl_refiner":
         index["force_zeros_for_empty_prompt"] = False
     for tower in FAMILIES[family].towers:
-        config, state = TINY_H if tower.name == "clip_h" else CONFIGS[tower.name], states[tower.name]
+        config, state = SD2_H if tower.name == "clip_h" else CONFIGS[tower.name], states[tower.name]
         if tower.identity_projection and isinstance(config, ClipTextConfig):
             config = dataclasses.replace(config, projection_dim=config.hidden_size)
             state = {**state, "text_projection.weight": np.eye(config.hidden_size, dtype=np.float32)}

@@ -7,10 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from tests.checkpoints import TINY_H
 from tests.formats.files import write_lightning
 from tests.formats.layout import HF, ONE, OPEN_CLIP, REST, REST_COUNTS, Layout, saved
-from tests.formats.model import State, model, used
+from tests.formats.model import SD2_H, State, model, used
 from tests.formats.names import below, open_clip, unprefixed
 
 L, H, G = map(model, ("clip_l", "clip_h", "clip_g"))
@@ -63,7 +62,7 @@ def single_files() -> dict[str, Layout]:
     # kohya's scripts write what SD 2 lacks: a copy of the block before it, and ones.
     last = "transformer.resblocks.2."
     copies = {n: whole_h[n.replace(last, "transformer.resblocks.1.")] for n in whole_h if n.startswith(last)}
-    dummies = {**whole_h, **copies, "text_projection": np.ones((48, 48), np.float32)}
+    dummies = {**whole_h, **copies, "text_projection": np.ones((24, 24), np.float32)}
     trained = below("module.", {**below(LOW, L), **below(HIGH, bigg)})
     below_refiner = "conditioner.embedders.0.model."
     return {
@@ -77,7 +76,7 @@ def single_files() -> dict[str, Layout]:
         ),
         "SD 1, state_dict in the names": sd1(L, prefix=f"state_dict.{TRANSFORMER}"),
         "SD 2": sd2(whole_h),
-        "SD 2 exported from diffusers": sd2(open_clip(used("clip_h")), ignored=0, aside=0, config={"clip_h": TINY_H}),
+        "SD 2 exported from diffusers": sd2(open_clip(used("clip_h")), ignored=0, aside=0, config={"clip_h": SD2_H}),
         "SD 2 exported by kohya": sd2(dummies),
         "SD 2, sgm": sd2(whole_h, prefix=below_refiner),
         "SDXL": sdxl({**bigg, "logit_scale": ONE}, ignored=1),

@@ -71,6 +71,19 @@ def t5_layouts() -> dict[str, Layout]:
             names=f"{HF}, below 't5xxl.transformer.'",
             ignored={"t5xxl.": 1},
         ),
+        "CLIP-L and T5, neither stripped of its prefix": Layout(
+            family="flux",
+            files=saved(
+                {**below("text_encoders.clip_l.transformer.", L), "text_encoders.clip_l.logit_scale": ONE},
+                {**below("text_encoders.t5xxl.transformer.", T5), "text_encoders.t5xxl.logit_scale": ONE},
+            ),
+            names={
+                "clip_l": f"{HF}, below 'text_encoders.clip_l.transformer.'",
+                "t5": f"{HF}, below 'text_encoders.t5xxl.transformer.'",
+            },
+            format="2 files, safetensors",
+            ignored={"text_encoders.": 2},
+        ),
         "CLIP and T5 of SD 3": Layout(
             family="sd3",
             files=saved(T5, G, L),
