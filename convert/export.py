@@ -6,9 +6,9 @@ import dataclasses
 import itertools
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ from clip_jax.convert.readers.safetensors import DTYPES
 from clip_jax.errors import CheckpointError, ClipJaxError
 from clip_jax.families import Family, Tower
 from clip_jax.params.checkpoint import (
+    CheckpointMetadata,
     is_checkpoint,
     iter_params,
     read_metadata,
@@ -28,14 +29,33 @@ from clip_jax.params.checkpoint import (
     tokenizer_folder,
     versions,
 )
-from clip_jax.params.shapes import TensorSpec
+from clip_jax.params.shapes import TensorSpec, param_shapes
 from clip_jax.params.staging import check_free, staged_folder
 from clip_jax.progress import byte_bar
 from clip_jax.tokenizers import read_tokenizer
 
-_MARK = "clip_jax_export.json"
-_DTYPE_NAMES = {dtype.name: name for name, dtype in DTYPES.items()}
-_TOKENIZERS = {"clip_text_model": "CLIPTokenizer", "t5": "T5TokenizerFast"}
+MARK = "clip_jax_export.json"
+"""The file by which an export is known, so that it may be replaced; it says where the weights come from."""
+
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+# As in `model_index.json` of the published pipelines; [null, null] stands for a component that is left out.
+_LEFT_OUT = [None, None]
+_INDEX: Mapping[str, Mapping[str, Any]] = {
+    "sd15": {"_class_name": "StableDiffusionPipeline"},
+    "sd21": {"_class_name": "StableDiffusionPipeline"},
+    "sdxl": {"_class_name": "StableDiffusionXLPipeline"},
+    "sdxl_refiner": {
+        "_class_name": "StableDiffusionXLImg2ImgPipeline",
+        "requires_aesthetics_score": True,
+        "text_encoder": _LEFT_OUT,
+        "tokenizer": _LEFT_OUT,
+    },
+    "sd3": {"_class_name": "StableDiffusion3Pipeline"},
+    "flux": {"_class_name": "FluxPipeline"},
+}
+# Those that read tokenizer.json; transformers 5 has no others, and takes these names too.
+_TOKENIZERS = {"clip_text_model": "CLIPTokenizerFast", "t5": "T5TokenizerFast"}
 
 
 def export(
@@ -48,9 +68,14 @@ def export(
 ) -> Path:
     """Writes the text side of a diffusers folder: what transformers, diffusers and `clip_jax.load` read.
 
-    Every tensor has the very bits that are stored; `clip-jax convert` of the folder gives the same checkpoint again.
-    Only where SD 3's CLIP-L has no projection, the identity is written, as diffusers does.
-    The weights go through memory a few hundred MB at a time.
+    Every tensor has the very bits that are stored, and `clip-jax convert` of the folder gives them back. Only where
+    SD 3's CLIP-L has no projection, the identity is written, as diffusers does. The weights go through memory a few
+    hundred MB at a time.
+
+    Example:
+        >>> clip_jax.export("sdxl-orbax", "sdxl-hf")
+        >>> CLIPTextModel.from_pretrained("sdxl-hf", subfolder="text_encoder")
+        >>> DiffusionPipeline.from_pretrained("sdxl-hf", unet=None, vae=None, scheduler=None).encode_prompt("a cat")
 
     Args:
         source: A folder written by `clip-jax convert` or `TextEncoder.save`.
@@ -71,40 +96,57 @@ def export(
     path, out = Path(source), Path(os.path.abspath(out))
     if not is_checkpoint(path):
         raise CheckpointError(f"{path} is not a folder written by `clip-jax convert`, which is what can be exported.")
-    check_free(out, overwrite, _MARK)
+    check_free(out, overwrite, MARK)
     metadata = read_metadata(path)
     family = family_called(metadata.family)
-    specs = read_specs(path, metadata.configs)
+    towers = [tower for tower in family.towers if tower.name in metadata.configs]
+    specs = {name: _widest_first(tree) for name, tree in read_specs(path, metadata.configs).items()}
     total = sum(spec.nbytes for tree in specs.values() for spec in tree.values())
-    with staged_folder(out, overwrite=overwrite, mark=_MARK) as folder, byte_bar(total, "Exporting", progress) as bar:
+    with staged_folder(out, overwrite=overwrite, mark=MARK) as folder, byte_bar(total, "Exporting", progress) as bar:
         try:
-            for tower in (tower for tower in family.towers if tower.name in metadata.configs):
-                config, tree = metadata.configs[tower.name], specs[tower.name]
+            for tower in towers:
+                config = metadata.configs[tower.name]
+                tokenizer = read_tokenizer(config, tokenizer_folder(path, tower.name))
+                tokenizer.save(folder / tower.tokenizer_folder)
                 leaves = ((p, leaf) for _, p, leaf in iter_params(path, specs, None, {tower.name}))
-                if tower.identity_projection and isinstance(config, ClipTextConfig) and config.projection_dim is None:
-                    config, tree, leaves = _with_identity(config, tree, leaves)
-                (folder / tower.folder).mkdir(parents=True)
-                _write_json(folder / tower.folder / "config.json", config.to_hf())
-                with open(folder / tower.folder / "model.safetensors", "xb") as file:
-                    for nbytes in _write_safetensors(file, tree, leaves):
-                        bar.update(nbytes)
-                read_tokenizer(config, tokenizer_folder(path, tower.name)).save(folder / tower.tokenizer_folder)
-            _write_json(folder / "model_index.json", _model_index(family, metadata.configs, metadata.zero_negative))
-            _write_json(folder / _MARK, {"provenance": metadata.provenance, "exported_by": versions()})
+                _write_tower(folder / tower.folder, tower, config, specs[tower.name], leaves, bar.update)
+            _write_json(folder / "model_index.json", _model_index(family, metadata))
+            _write_json(folder / MARK, {"provenance": metadata.provenance, "exported_by": versions()})
         except OSError as error:
             raise CheckpointError(f"{out} cannot be written: {error}. Make room, or choose another place.") from error
     return out
 
 
-def _with_identity(
-    config: ClipTextConfig, tree: Mapping[str, TensorSpec], leaves: Iterator[tuple[str, jax.Array]]
-) -> tuple[ClipTextConfig, dict[str, TensorSpec], Iterator[tuple[str, jax.Array]]]:
-    """The same with the projection written out that its absence stands for: diffusers wants one (SD 3's CLIP-L)."""
-    width, path = config.hidden_size, "text_projection/kernel"
-    spec = TensorSpec((width, width), next(iter(tree.values())).dtype)
-    identity = jnp.eye(width, dtype=spec.dtype)
-    whole = dataclasses.replace(config, projection_dim=width)
-    return whole, {**tree, path: spec}, itertools.chain(leaves, [(path, identity)])
+def _widest_first(tree: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
+    """The same in the order in which each tensor is aligned to its dtype, as torch needs it."""
+    return dict(sorted(tree.items(), key=lambda item: -item[1].dtype.itemsize))
+
+
+def _write_tower(
+    folder: Path,
+    tower: Tower,
+    config: TowerConfig,
+    specs: Mapping[str, TensorSpec],
+    leaves: Iterable[tuple[str, jax.Array]],
+    update: Callable[[int], object],
+) -> None:
+    """Writes `config.json` and `model.safetensors`."""
+    exported = _exported(tower, config)
+    if exported != config:
+        path = "text_projection/kernel"
+        spec = TensorSpec(param_shapes(exported)[path], next(iter(specs.values())).dtype)
+        identity = jnp.eye(spec.shape[0], dtype=spec.dtype)
+        specs, leaves = {path: spec, **specs}, itertools.chain([(path, identity)], leaves)
+    folder.mkdir(parents=True)
+    _write_json(folder / "config.json", exported.to_hf())
+    _write_safetensors(folder / "model.safetensors", specs, leaves, update)
+
+
+def _exported(tower: Tower, config: TowerConfig) -> TowerConfig:
+    """The architecture with the projection whose absence stands for the identity: diffusers wants to see one."""
+    if tower.identity_projection and isinstance(config, ClipTextConfig) and config.projection_dim is None:
+        return dataclasses.replace(config, projection_dim=config.hidden_size)
+    return config
 
 
 def _write_json(path: Path, tree: Mapping[str, Any]) -> None:
@@ -112,44 +154,42 @@ def _write_json(path: Path, tree: Mapping[str, Any]) -> None:
 
 
 def _write_safetensors(
-    file: BinaryIO, specs: Mapping[str, TensorSpec], leaves: Iterator[tuple[str, jax.Array]]
-) -> Iterator[int]:
-    """Writes a header from what is known of the tensors, then these as they come; yields the bytes of each."""
+    path: Path,
+    specs: Mapping[str, TensorSpec],
+    leaves: Iterable[tuple[str, jax.Array]],
+    update: Callable[[int], object],
+) -> None:
+    """Writes a header from what is known of the tensors, then each of them as it comes, in the same order."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for path, spec in specs.items():
-        name, transposed = hf_key(path)
+    for parameter, spec in specs.items():
+        key, transposed = hf_key(parameter)
         begin, end = end, end + spec.nbytes
-        header[name] = {
-            "dtype": _DTYPE_NAMES[spec.dtype.name],
+        header[key] = {
+            "dtype": _DTYPE_NAMES[spec.dtype],
             "shape": spec.shape[::-1] if transposed else spec.shape,
             "data_offsets": [begin, end],
         }
     text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # so that the tensors are aligned
-    file.write(len(text).to_bytes(8, "little") + text)
-    for expected, (path, leaf) in zip(specs, leaves, strict=True):
-        if path != expected:
-            raise AssertionError(f"expected {expected}, found {path}")
-        array = np.asarray(leaf)
-        file.write(np.ascontiguousarray(array.T if hf_key(path)[1] else array).view(np.uint8).data)
-        yield leaf.nbytes
+    text += b" " * (-len(text) % 8)  # so that what follows is aligned
+    with open(path, "xb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for expected, (parameter, leaf) in zip(specs, leaves, strict=True):
+            assert parameter == expected
+            array = np.asarray(leaf).T if hf_key(parameter)[1] else np.asarray(leaf)
+            file.write(np.ascontiguousarray(array).view(np.uint8).data)
+            update(leaf.nbytes)
 
 
-def _model_index(family: Family, configs: Mapping[str, TowerConfig], zero_negative: bool) -> dict[str, Any]:
-    index: dict[str, Any] = {"_class_name": min(sorted(family.pipelines), key=len)}
+def _model_index(family: Family, metadata: CheckpointMetadata) -> dict[str, Any]:
+    index = dict(_INDEX[family.name])
     if family.zero_negative_key is not None:
-        index[family.zero_negative_key] = zero_negative
+        index[family.zero_negative_key] = metadata.zero_negative
     for tower in family.towers:
-        index |= _entries(tower, configs.get(tower.name))
+        if tower.name in metadata.configs:
+            fields = _exported(tower, metadata.configs[tower.name]).to_hf()
+            index[tower.folder] = ["transformers", fields["architectures"][0]]
+            index[tower.tokenizer_folder] = ["transformers", _TOKENIZERS[fields["model_type"]]]
+        else:
+            index[tower.folder] = index[tower.tokenizer_folder] = _LEFT_OUT
     return index
-
-
-def _entries(tower: Tower, config: TowerConfig | None) -> dict[str, list[str | None]]:
-    if config is None:  # as diffusers writes a component that is left out
-        return {tower.folder: [None, None], tower.tokenizer_folder: [None, None]}
-    fields = config.to_hf()
-    return {
-        tower.folder: ["transformers", fields["architectures"][0]],
-        tower.tokenizer_folder: ["transformers", _TOKENIZERS[fields["model_type"]]],
-    }
