@@ -39,13 +39,14 @@ def staged_folder(out: Path, *, overwrite: bool = False, mark: str = CHECKPOINT_
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CheckpointError(f"{out} cannot be written: {error}. Choose another place.") from error
-    _recover(out, prefix)
-    check_free(out, overwrite, mark)
-    nameless = Path(tempfile.mkdtemp(prefix=".clip-jax-", dir=out.parent))
-    with open(nameless / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        # Named only once it is locked, so that nobody takes it for one whose process is gone.
-        stage = nameless.rename(out.parent / f"{prefix}{nameless.name.removeprefix('.clip-jax-')}")
+    with contextlib.ExitStack() as held:
+        # Nobody looks for stages whose process is gone while one is made that is not locked yet.
+        with _locked(out.parent):
+            _recover(out, prefix)
+            check_free(out, overwrite, mark)
+            stage = Path(tempfile.mkdtemp(prefix=prefix, dir=out.parent))
+            lock = held.enter_context(open(stage / "lock", "w"))
+            fcntl.flock(lock, fcntl.LOCK_EX)
         try:
             yield stage / "new"
             check_free(out, overwrite, mark)
@@ -79,6 +80,17 @@ def check_free(out: Path, overwrite: bool, mark: str = CHECKPOINT_MARK) -> None:
         raise CheckpointError(
             f"{out} is not a checkpoint written by clip_jax, so it is not overwritten. Choose another name."
         )
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Holds the lock of a folder: of those processes that ask for it, one goes on at a time."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _recover(out: Path, prefix: str) -> None:
