@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -69,29 +69,41 @@ def _measured(step: str, source: Path, converted: Path) -> dict[str, float]:
     from clip_jax.convert import convert
 
     jax.devices()
-    before = peak = _anonymous_mib()
+    before = anonymous_mib()
+    after: dict[str, float] = {}
+
+    def run() -> None:
+        if step == "convert":
+            convert(source, converted)
+        else:
+            encoder = clip_jax.load(converted, dtype="bfloat16")
+            after["params_mib"] = sum(leaf.nbytes for leaf in jax.tree.leaves(encoder.params)) / _MIB
+
+    return {"before_mib": before, "peak_mib": peak_while(run), **after}
+
+
+def peak_while(run: Callable[[], object]) -> float:
+    """The most anonymous memory that this process has while `run` runs, in MiB."""
+    peak = anonymous_mib()
     done = threading.Event()
 
     def sample() -> None:
         nonlocal peak
         while not done.wait(0.01):
-            peak = max(peak, _anonymous_mib())
+            peak = max(peak, anonymous_mib())
 
     sampler = threading.Thread(target=sample)
     sampler.start()
-    if step == "convert":
-        convert(source, converted)
-        after = {}
-    else:
-        encoder = clip_jax.load(converted, dtype="bfloat16")
-        params = sum(leaf.nbytes for leaf in jax.tree.leaves(encoder.params)) / _MIB
-        after = {"params_mib": params}
-    done.set()
-    sampler.join()
-    return {"before_mib": before, "peak_mib": peak, **after}
+    try:
+        run()
+    finally:
+        done.set()
+        sampler.join()
+    return peak
 
 
-def _anonymous_mib() -> float:
+def anonymous_mib() -> float:
+    """The memory of this process that is neither files' pages nor shared, in MiB."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("RssAnon:"):
             return int(line.split()[1]) / 1024
@@ -113,13 +125,13 @@ def _write_flux(folder: Path) -> int:
         tokenizers[tower.name].save(folder / tower.tokenizer_folder)
         (folder / tower.folder).mkdir(parents=True)
         (folder / tower.folder / "config.json").write_text(json.dumps(tower.config.to_hf()))
-        shapes = dict(_hf_shapes(param_shapes(tower.config)))
+        shapes = dict(hf_shapes(param_shapes(tower.config)))
         count += _write_safetensors(folder / tower.folder / "model.safetensors", shapes)
     (folder / "model_index.json").write_text(json.dumps(index))
     return count
 
 
-def _hf_shapes(shapes: Any) -> Iterator[tuple[str, tuple[int, ...]]]:
+def hf_shapes(shapes: Any) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Names and shapes of torch for those of Flax."""
     for path, shape in shapes.items():
         module, _, leaf = path.rpartition("/")

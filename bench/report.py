@@ -1,7 +1,8 @@
 """Turns a result into its table in the README: `python -m bench.report bench/results/NAME.json`.
 
-A result with `cases` is one of `bench.encode`, one with `peaks` of `bench.memory`, one with `flops` of `bench.flops`,
-and one with `errors` is what `pytest tests/parity --write-errors` writes.
+A result with `cases` is one of `bench.encode`, one with `peaks` of `bench.memory`, one with `formats` of
+`bench.formats`, one with `flops` of `bench.flops`, and one with `errors` is what
+`pytest tests/parity --write-errors` writes.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ def render(result: Mapping[str, Any], source: str) -> str:
         "parity": _render_errors,
         "bench:memory": _render_peaks,
         "bench:flops": _render_flops,
+        "bench:formats": _render_formats,
         "bench:encode": _render_times,
     }
     return renderers[kind(result)](result, source)
@@ -41,7 +43,7 @@ def render(result: Mapping[str, Any], source: str) -> str:
 
 def kind(result: Mapping[str, Any]) -> str:
     """The name of the markers between which the README has the table of a result."""
-    kinds = {"errors": "parity", "peaks": "bench:memory", "flops": "bench:flops"}
+    kinds = {"errors": "parity", "peaks": "bench:memory", "flops": "bench:flops", "formats": "bench:formats"}
     return next((name for key, name in kinds.items() if key in result), "bench:encode")
 
 
@@ -75,6 +77,20 @@ def _render_peaks(result: Mapping[str, Any], source: str) -> str:
         f"{_table(rows)}\n\nAnonymous memory of the process, without the page cache; {model['family']} with "
         f"{model['parameters']:,} random parameters in {model['dtype']}, {model['mib']:,.0f} MiB; "
         f"{_versions({'Python': result['python'], **result['versions']})}; {result['date'][:10]}; `{source}`."
+    )
+
+
+def _render_formats(result: Mapping[str, Any], source: str) -> str:
+    sizes = ("files_mib", "params_mib", "peak_mib", "before_mib")
+    header = ["model and format", "files, MiB", "params, MiB", "peak, MiB", "before, MiB", "above that, of the params"]
+    rows = [header, ["---", *["---:"] * len(header[1:])]]
+    for name, measured in result["formats"].items():
+        share = (measured["peak_mib"] - measured["before_mib"]) / measured["params_mib"]
+        rows.append([name, *(f"{measured[size]:,.0f}" for size in sizes), f"{share:.0%}"])
+    versions = _versions({"Python": result["python"], **result["versions"]})
+    return (
+        f"{_table(rows)}\n\nAnonymous memory of the process that converts, without the page cache; random weights of "
+        f"the full size; {versions}; {result['date'][:10]}; `{source}`."
     )
 
 

@@ -1,5 +1,6 @@
 """What every test gets: full float32 products, and one small pipeline on disk."""
 
+import os
 from pathlib import Path
 
 import jax
@@ -9,8 +10,9 @@ import clip_jax
 from tests.checkpoints import TINY_H, write_pipeline
 
 jax.config.update("jax_default_matmul_precision", "float32")
-# Small models are compiled once and run once or twice: most of the time goes into the compiler. tests/parity runs
-# what users run.
+# Small models are compiled once and run once or twice: most of the time goes into the compiler. Processes that tests
+# start get the same programs; tests/parity runs those that users run.
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 jax.config.update("jax_disable_most_optimizations", True)
 
 

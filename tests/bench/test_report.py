@@ -142,3 +142,18 @@ def test_errors_have_a_table_of_their_own(tmp_path):
     )
     assert "kept" in readme.read_text()
     main([str(result), "--check", str(readme)])
+
+
+FORMATS = {
+    "date": "2026-01-02T03:04:05+00:00",
+    "python": "3.11.7",
+    "versions": {"jax": "0.1", "gguf": "0.2"},
+    "formats": {"T5 in GGUF": {"files_mib": 5000, "params_mib": 9000.4, "peak_mib": 1175.25, "before_mib": 275.25}},
+}
+
+
+def test_formats_have_a_table_of_their_own():
+    header, _, row, _, caption = render(FORMATS, "formats.json").splitlines()
+    assert header.startswith("| model and format | files, MiB |")
+    assert row == "| T5 in GGUF | 5,000 | 9,000 | 1,175 | 275 | 10% |"
+    assert caption.endswith("jax 0.1, gguf 0.2 on Python 3.11.7; 2026-01-02; `formats.json`.")

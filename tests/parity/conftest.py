@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 import platform
 from collections.abc import Callable
 from importlib.metadata import version
@@ -13,6 +14,7 @@ import jax
 import numpy as np
 import pytest
 
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "0"
 jax.config.update("jax_disable_most_optimizations", False)
 
 _ERRORS = pytest.StashKey[dict[str, dict[str, float]]]()
