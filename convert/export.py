@@ -73,7 +73,7 @@ def export(
     hundred MB at a time.
 
     Example:
-        >>> clip_jax.export("sdxl-orbax", "sdxl-hf")
+        >>> clip_jax.convert.export("sdxl-orbax", "sdxl-hf")
         >>> CLIPTextModel.from_pretrained("sdxl-hf", subfolder="text_encoder")
         >>> DiffusionPipeline.from_pretrained("sdxl-hf", unet=None, vae=None, scheduler=None).encode_prompt("a cat")
 

@@ -7,6 +7,7 @@ import pytest
 
 import clip_jax
 from clip_jax import ClipJaxError, PromptTooLongError, TextEncoder
+from clip_jax.convert import export
 
 LONG = " ".join(["cat"] * 80)
 
@@ -87,6 +88,18 @@ def test_save_and_load_give_the_same_embeddings(encoder, tmp_path):
     assert loaded.config == encoder.config
     assert loaded.provenance["format"] == encoder.provenance["format"]
     np.testing.assert_array_equal(loaded("a cat!").prompt_embeds, encoder("a cat!").prompt_embeds)
+
+
+def test_paths_may_be_relative(encoder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    encoder.save("saved")
+    loaded = clip_jax.load("saved")
+    np.testing.assert_array_equal(loaded("a cat!").prompt_embeds, encoder("a cat!").prompt_embeds)
+    assert clip_jax.info("saved").towers.keys() == encoder.config.keys()
+    export("saved", "exported")
+    np.testing.assert_array_equal(
+        clip_jax.load("exported", family="sd15")("a cat!").prompt_embeds, encoder("a cat!").prompt_embeds
+    )
 
 
 def test_config_is_per_tower(encoder):

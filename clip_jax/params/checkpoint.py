@@ -216,7 +216,7 @@ def read_specs(path: Path, configs: Mapping[str, TowerConfig]) -> dict[str, dict
 
     try:
         with _quiet_orbax():
-            stored = ocp.metadata(path).metadata
+            stored = ocp.metadata(path.absolute()).metadata  # of a relative path Orbax finds nothing
     except Exception as error:  # Orbax has no common base class for what a damaged folder raises
         raise _damaged(path, error) from error
     if stored is None:  # what Orbax says of params that are not there, or too damaged to be listed
@@ -308,7 +308,7 @@ def _read_group(
             else ocp.PLACEHOLDER
         )
     try:
-        loaded = ocp.load(path, {tower: unflatten(tree) for tower, tree in abstract.items()})
+        loaded = ocp.load(path.absolute(), {tower: unflatten(tree) for tower, tree in abstract.items()})
     except Exception as error:  # Orbax has no common base class for what damaged data raises
         raise _damaged(path, error) from error
     flat_loaded = {tower: flatten(tree) for tower, tree in loaded.items()}
