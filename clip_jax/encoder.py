@@ -21,6 +21,7 @@ from clip_jax.families import FAMILIES, Family, Tower
 from clip_jax.params.cast import float_dtype
 from clip_jax.params.checkpoint import CheckpointMetadata, write_checkpoint
 from clip_jax.params.shapes import flatten, layer_groups
+from clip_jax.params.shard import sharded_rows
 from clip_jax.prompts import Prompts
 from clip_jax.structs import TextEmbeddings, Tokens
 from clip_jax.tokenizers import Overflow, RowTokenizer
@@ -48,6 +49,7 @@ class TextEncoder:
         tokenizers: Tower name -> tokenizer.
         dtype: Of the computation and of the embeddings.
         provenance: Where the weights come from. JSON.
+        batch_sharding: Where rows of token ids go if their number divides by the devices; None leaves that to jit.
     """
 
     def __init__(
@@ -58,12 +60,14 @@ class TextEncoder:
         *,
         dtype: jax.typing.DTypeLike = jnp.float32,
         provenance: dict[str, Any] | None = None,
+        batch_sharding: jax.sharding.NamedSharding | None = None,
     ) -> None:
         self.family = family
         self.params = params
         self.tokenizers = dict(tokenizers)
         self.dtype = float_dtype(dtype)
         self.provenance = provenance or {}
+        self.batch_sharding = batch_sharding
 
     @property
     def config(self) -> dict[str, TowerConfig]:
@@ -198,9 +202,13 @@ class TextEncoder:
         batch = max((len(rows) for rows in tokens.cond.values()), default=0)
         bucket = _bucket(batch, _BATCHES)
         tokens = self._without_tails(tokens)
+        if bucket != batch:
+            tokens = jax.tree.map(lambda ids: _pad_rows(ids, bucket), tokens)
+        if self.batch_sharding is not None:
+            tokens = jax.tree.map(lambda ids: sharded_rows(ids, self.batch_sharding), tokens)
         out = text_embeddings(
             self.params,
-            tokens if bucket == batch else jax.tree.map(lambda ids: _pad_rows(ids, bucket), tokens),
+            tokens,
             family=self.family,
             dtype=self.dtype,
             compute_dtype=self.dtype,

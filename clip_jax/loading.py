@@ -22,12 +22,21 @@ from clip_jax.convert.foreign import open_foreign
 from clip_jax.convert.layouts import Projection
 from clip_jax.convert.resolve import SourceLike, resolve_all
 from clip_jax.encoder import TextEncoder
-from clip_jax.errors import CheckpointError
+from clip_jax.errors import CheckpointError, ClipJaxError
 from clip_jax.families import FAMILIES, Family
 from clip_jax.params import cast
 from clip_jax.params import checkpoint as ckpt
 from clip_jax.params.random import random_tensor
 from clip_jax.params.shapes import TensorSpec, param_shapes, unflatten
+from clip_jax.params.shard import (
+    Placement,
+    Rules,
+    batch_sharding,
+    idle_axes,
+    param_shardings,
+    placed_by,
+    sharded_array,
+)
 from clip_jax.progress import byte_bar
 from clip_jax.tokenizers import ClipTokenizer, RowTokenizer, choose_tokenizers, read_tokenizer
 from clip_jax.tokenizers.stand_in import stand_in_t5_tokenizer
@@ -53,8 +62,10 @@ class Source(Protocol):
     def provenance(self) -> dict[str, Any]:
         """Where the weights come from. JSON."""
 
-    def read_params(self, dtype: np.dtype | None, *, progress: bool | None = None) -> dict[str, Any]:
-        """Loads the params onto the default device; `dtype` None keeps that of the source."""
+    def read_params(
+        self, dtype: np.dtype | None, *, placement: Placement | None = None, progress: bool | None = None
+    ) -> dict[str, Any]:
+        """Loads the params; `dtype` None keeps that of the source, `placement` None is the default device."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,8 +86,10 @@ class _Converted:
     def provenance(self) -> dict[str, Any]:
         return self.metadata.provenance
 
-    def read_params(self, dtype: np.dtype | None, *, progress: bool | None = None) -> dict[str, Any]:
-        return ckpt.read_params(self.path, self.specs(), dtype, progress=progress)
+    def read_params(
+        self, dtype: np.dtype | None, *, placement: Placement | None = None, progress: bool | None = None
+    ) -> dict[str, Any]:
+        return ckpt.read_params(self.path, self.specs(), dtype, placement=placement, progress=progress)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +113,9 @@ class _Random:
     def provenance(self) -> dict[str, Any]:
         return {"source": f"{_RANDOM}{self.family.name}", "format": "seeded random weights"}
 
-    def read_params(self, dtype: np.dtype | None, *, progress: bool | None = None) -> dict[str, Any]:
+    def read_params(
+        self, dtype: np.dtype | None, *, placement: Placement | None = None, progress: bool | None = None
+    ) -> dict[str, Any]:
         specs = self.specs()
         params = {}
         total = sum(spec.nbytes for tree in specs.values() for spec in tree.values())
@@ -109,7 +124,12 @@ class _Random:
                 leaves = {}
                 for path, spec in tree.items():
                     array = random_tensor(f"{name}/{path}", spec.shape)
-                    leaves[path] = jax.device_put(array.astype(cast.param_dtype(path, dtype or spec.dtype)))
+                    array = array.astype(cast.param_dtype(path, dtype or spec.dtype))
+                    leaves[path] = (
+                        jax.device_put(array)
+                        if placement is None
+                        else sharded_array(spec.shape, placement(name, path, spec), array.__getitem__)
+                    )
                     bar.update(spec.nbytes)
                 params[name] = unflatten(leaves)
         return params
@@ -146,6 +166,8 @@ def load(
     tokenizer: str | os.PathLike[str] | Mapping[str, str | os.PathLike[str]] | None = None,
     revision: str | None = None,
     local_files_only: bool = False,
+    mesh: jax.sharding.Mesh | None = None,
+    rules: Rules | None = None,
     progress: bool | None = None,
 ) -> TextEncoder:
     """Loads the text encoders of a pipeline.
@@ -166,16 +188,22 @@ def load(
         tokenizer: A tokenizer folder to use instead of the source's, or tower name -> folder.
         revision: Branch, tag or commit of a Hub repo.
         local_files_only: Takes a Hub repo from the local cache, without asking the network.
+        mesh: The devices to split the params over, each parameter being read straight to its parts; None means whole
+            on the default device. Several processes that share a mesh call this alike.
+        rules: Which axes of `mesh` the logical axes are split over (`clip_jax.params.shard`); None means
+            `DEFAULT_RULES`.
         progress: Whether to show progress bars; None means on a terminal.
 
     Raises:
         CheckpointError: The source is not there, not whole, or of another model or family.
         ConfigError: Its `config.json` asks for something that cannot be honoured.
+        ClipJaxError: `rules` do not fit `mesh`.
     """
     hub = _Hub(revision, local_files_only, progress)
     names = {without} if isinstance(without, str) else set(without)
     opened = _open(source, family, names, hub, config, text_projection)
     configs = {tower.name: tower.config for tower in opened.family.towers}
+    placement, rows = _places(configs, mesh, rules)
     tokenizers = choose_tokenizers(configs, opened.tokenizer, tokenizer)
     if isinstance(opened, _Random):
         warnings.warn(
@@ -183,12 +211,14 @@ def load(
             UserWarning,
             stacklevel=2,
         )
+    kept = cast.float_dtype(dtype if param_dtype is None else param_dtype)
     return TextEncoder(
         opened.family,
-        opened.read_params(cast.float_dtype(dtype if param_dtype is None else param_dtype), progress=progress),
+        opened.read_params(kept, placement=placement, progress=progress),
         tokenizers,
         dtype=dtype,
         provenance=opened.provenance(),
+        batch_sharding=rows,
     )
 
 
@@ -241,6 +271,28 @@ class _Hub(NamedTuple):
     revision: str | None
     local_files_only: bool
     progress: bool | None
+
+
+def _places(
+    configs: Mapping[str, TowerConfig], mesh: jax.sharding.Mesh | None, rules: Rules | None
+) -> tuple[Placement | None, jax.sharding.NamedSharding | None]:
+    """Where params and rows of ids go; None is the default device."""
+    if not isinstance(mesh, jax.sharding.Mesh | None):
+        raise ClipJaxError(f"Expected mesh to be a jax.sharding.Mesh, found {type(mesh).__name__}.")
+    if mesh is None:
+        if rules is not None:
+            raise ClipJaxError("Rules say how to split params over a mesh: pass mesh= as well.")
+        return None, None
+    shardings = param_shardings(configs, mesh, rules)
+    if idle := idle_axes(shardings, rules):
+        warnings.warn(
+            f"No parameter of {', '.join(configs)} divides by the "
+            f"{', '.join(f'{mesh.shape[axis]} of {axis!r}' for axis in idle)} of the mesh: each of these devices holds "
+            f"a whole copy.",
+            UserWarning,
+            stacklevel=3,
+        )
+    return placed_by(shardings), batch_sharding(mesh, rules)
 
 
 def _open(

@@ -28,6 +28,7 @@ from clip_jax.convert.tower import ForeignTower, open_tower
 from clip_jax.errors import CheckpointError
 from clip_jax.families import Family
 from clip_jax.params.shapes import TensorSpec, layer_groups, unflatten
+from clip_jax.params.shard import Placement, sharded_array
 from clip_jax.progress import byte_bar
 from clip_jax.tokenizers import RowTokenizer
 
@@ -68,18 +69,32 @@ class ForeignCheckpoint:
         """Tower name -> path -> shape and dtype."""
         return {name: tower.specs() for name, tower in self.towers.items()}
 
-    def read_params(self, dtype: np.dtype | None, *, progress: bool | None = None) -> dict[str, Any]:
-        """Loads the params onto the default device, tensor by tensor.
+    def read_params(
+        self, dtype: np.dtype | None, *, placement: Placement | None = None, progress: bool | None = None
+    ) -> dict[str, Any]:
+        """Loads the params, tensor by tensor.
+
+        Args:
+            dtype: To cast to; None keeps that of the source.
+            placement: Where each parameter goes; None means the default device. Only the parts for devices of this
+                process are read, and cast.
+            progress: Whether to show a progress bar; None means on a terminal.
 
         Raises:
             CheckpointError: float16 cannot hold a value, or two copies of a tensor differ.
         """
         leaves: dict[str, dict[str, jax.Array]] = {name: {} for name in self.towers}
         with byte_bar(self.nbytes, "Loading", progress) as bar:
-            for part in self.parts(dtype, bar.update):
-                for name, arrays in part.items():
-                    # Copies: on a CPU, device_put would take an aligned view of the file as it is.
-                    leaves[name] |= {path: jnp.array(array) for path, array in arrays.items()}
+            for name, tower in self.towers.items():
+                tower.check_twins()
+                for path, spec in tower.specs().items():
+                    if placement is None:
+                        # A copy: on a CPU, device_put would take an aligned view of the file as it is.
+                        leaves[name][path] = jnp.array(tower.read(path, dtype))
+                    else:
+                        sharding = placement(name, path, spec)
+                        leaves[name][path] = sharded_array(spec.shape, sharding, tower.reader(path, dtype))
+                    bar.update(spec.nbytes)
         return {name: unflatten(tree) for name, tree in leaves.items()}
 
     def parts(

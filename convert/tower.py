@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import ml_dtypes
@@ -18,6 +19,7 @@ from clip_jax.errors import CheckpointError
 from clip_jax.families import Tower
 from clip_jax.params.cast import cast, param_dtype
 from clip_jax.params.shapes import TensorSpec, param_shapes
+from clip_jax.params.shard import Index
 from clip_jax.tokenizers import ClipTokenizer, RowTokenizer, read_tokenizer
 
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "spiece.model")
@@ -61,11 +63,15 @@ class ForeignTower:
 
     def read(self, path: str, dtype: np.dtype | None) -> np.ndarray:
         """One parameter for a tower in `dtype` (None: that of `specs`); it may be a view of the file."""
+        return self.reader(path, dtype)(())
+
+    def reader(self, path: str, dtype: np.dtype | None) -> Callable[[Index], np.ndarray]:
+        """What reads a part of one parameter, as `read` does; of a file, no bytes of other parts but on their pages."""
         key, transposed = self.map.keys[path]
         tensor = self.state[key]
         array = to_flax(tensor.read(), transposed)
         wanted = _stored_dtype(tensor) if dtype is None else param_dtype(path, dtype)
-        return np.ascontiguousarray(cast(array, wanted, tensor.key))
+        return lambda index: np.ascontiguousarray(cast(array[index], wanted, tensor.key))
 
     def check_twins(self) -> None:
         """Compares tensors of which the source has two copies.

@@ -25,6 +25,7 @@ import jax.typing
 from clip_jax.config import ClipTextConfig
 from clip_jax.errors import ClipJaxError
 from clip_jax.models import functional
+from clip_jax.models.axes import bias_init, with_axes
 
 
 @jax.tree_util.register_dataclass
@@ -53,9 +54,16 @@ class _Module(nn.Module):
     dtype: jax.typing.DTypeLike = jnp.float32
     param_dtype: jax.typing.DTypeLike = jnp.float32
 
-    def dense(self, features: int, name: str | None, use_bias: bool = True) -> nn.Dense:
-        init = nn.initializers.normal(0.02)
-        return nn.Dense(features, use_bias, dtype=self.dtype, param_dtype=self.param_dtype, kernel_init=init, name=name)
+    def dense(self, features: int, name: str, use_bias: bool = True) -> nn.Dense:
+        return nn.Dense(
+            features,
+            use_bias,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            kernel_init=with_axes(name, nn.initializers.normal(0.02)),
+            bias_init=bias_init(name),
+            name=name,
+        )
 
     def layer_norm(self, name: str | None) -> nn.LayerNorm:
         # The fast variance E[x^2] - E[x]^2 cancels in float32 where |mean| >> std, as in CLIP's streams.
@@ -68,13 +76,12 @@ class _Module(nn.Module):
         )
 
     def embed(self, rows: int, name: str) -> nn.Embed:
-        init = nn.initializers.normal(0.02)
         return nn.Embed(
             rows,
             self.config.hidden_size,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
-            embedding_init=init,
+            embedding_init=with_axes(name, nn.initializers.normal(0.02)),
             name=name,
         )
 
@@ -189,7 +196,7 @@ class ClipTextModel(_Module):
     def setup(self) -> None:
         self.text_model = ClipTextTransformer(self.config, self.dtype, self.param_dtype)
         if self.config.projection_dim is not None:
-            self.text_projection = self.dense(self.config.projection_dim, None, use_bias=False)
+            self.text_projection = self.dense(self.config.projection_dim, "text_projection", use_bias=False)
 
     def __call__(
         self,

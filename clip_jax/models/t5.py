@@ -24,6 +24,7 @@ import jax.typing
 import numpy as np
 
 from clip_jax.models import functional
+from clip_jax.models.axes import with_axes
 from clip_jax.t5_config import T5EncoderConfig
 
 
@@ -55,7 +56,7 @@ class _Module(nn.Module):
             use_bias=False,
             dtype=self.dtype if dtype is None else dtype,
             param_dtype=self.param_dtype,
-            kernel_init=nn.initializers.variance_scaling(gain, "fan_in", "normal"),
+            kernel_init=with_axes(name, nn.initializers.variance_scaling(gain, "fan_in", "normal")),
             name=name,
         )
 
@@ -102,7 +103,7 @@ class T5Attention(_Module):
             config.num_heads,
             dtype=jnp.float32,
             param_dtype=self.param_dtype,
-            embedding_init=nn.initializers.normal(config.d_model**-0.5),
+            embedding_init=with_axes("relative_attention_bias", nn.initializers.normal(config.d_model**-0.5)),
             name="relative_attention_bias",
         )
         return table(buckets).transpose(2, 0, 1)[None]
@@ -207,7 +208,7 @@ class T5Encoder(_Module):
             self.config.d_model,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
-            embedding_init=nn.initializers.normal(1.0),
+            embedding_init=with_axes("shared", nn.initializers.normal(1.0)),
             name="shared",
         )
         return self.child(T5Stack, "encoder")(embed(input_ids), attention_mask)

@@ -34,12 +34,15 @@ from clip_jax.params.shapes import (
     param_shapes,
     unflatten,
 )
+from clip_jax.params.shard import Placement
 from clip_jax.params.staging import staged_folder
 from clip_jax.progress import byte_bar
 
 _FORMAT, _FORMAT_VERSION, _FILES = "clip_jax", 1, "files.json"
 # Parameters are read in groups of about this size: enough to keep the disk busy, little beside the params.
 _READ_BYTES = 256 * 2**20
+# A process that wants a part of a parameter reads all chunks that it touches; small ones take memory to write.
+_CHUNK_BYTES = 2**24
 
 
 class SavesFiles(Protocol):
@@ -94,9 +97,16 @@ def write_checkpoint(
             what it raises leaves everything as it was.
 
     Raises:
-        CheckpointError: `out` exists, holds something else than a checkpoint, or cannot be written.
+        CheckpointError: `out` exists, holds something else than a checkpoint, or cannot be written; or several
+            processes share the devices.
     """
     from orbax.checkpoint import v1 as ocp
+
+    if jax.process_count() > 1:  # each would stage and rename a folder of its own
+        raise CheckpointError(
+            f"{out}: expected to be written by one process, found {jax.process_count()} that share their devices. "
+            f"Load the model in a process without jax.distributed, and save it there."
+        )
 
     stored = {
         "format": _FORMAT,
@@ -110,6 +120,7 @@ def write_checkpoint(
     # Compression would save a tenth (float32) to a fifth (bfloat16) of the disk, but take half as long again to
     # read, and twice the memory to write.
     context.array.saving.use_compression = False
+    context.array.saving.storage_options.chunk_byte_size = _CHUNK_BYTES
     with staged_folder(out, overwrite=overwrite) as folder, context, _quiet_orbax():
         custom_metadata: dict[str, Any] | None = stored
         for part in parts:
@@ -239,15 +250,18 @@ def read_params(
     dtype: np.dtype | None,
     *,
     towers: Collection[str] | None = None,
+    placement: Placement | None = None,
     progress: bool | None = None,
 ) -> dict[str, Any]:
-    """Loads the params onto the default device, cast to `dtype` (None keeps what is stored).
+    """Loads the params, cast to `dtype` (None keeps what is stored).
 
     Args:
         path: The checkpoint.
         specs: All that it holds.
         dtype: To cast to.
         towers: Those to load; None means all.
+        placement: Where each parameter goes; None means the default device. Every process reads the parts of its own
+            devices.
         progress: Whether to show a progress bar; None means on a terminal.
 
     Raises:
@@ -257,20 +271,24 @@ def read_params(
     leaves: dict[str, dict[str, jax.Array]] = {}
     total = sum(spec.nbytes for tower in towers for spec in specs[tower].values())
     with byte_bar(total, "Loading", progress) as bar:
-        for tower, p, leaf in iter_params(path, specs, dtype, towers):
+        for tower, p, leaf in iter_params(path, specs, dtype, towers, placement):
             leaves.setdefault(tower, {})[p] = leaf
             bar.update(specs[tower][p].nbytes)
     return {tower: unflatten(tree) for tower, tree in leaves.items()}
 
 
 def iter_params(
-    path: Path, specs: Mapping[str, Mapping[str, TensorSpec]], dtype: np.dtype | None, towers: Collection[str]
+    path: Path,
+    specs: Mapping[str, Mapping[str, TensorSpec]],
+    dtype: np.dtype | None,
+    towers: Collection[str],
+    placement: Placement | None = None,
 ) -> Iterator[tuple[str, str, jax.Array]]:
     """Tower, path and array of every parameter of some towers, a few hundred MB at a time; as in `read_params`."""
     flat = {(tower, p): spec for tower, tree in specs.items() for p, spec in tree.items()}
     for group in _groups({key: spec for key, spec in flat.items() if key[0] in towers}):
         with _quiet_orbax():
-            read = _read_group(path, flat, group, dtype)
+            read = _read_group(path, flat, group, dtype, placement)
         for tower, p in group:
             leaf = read.pop((tower, p))
             if leaf.dtype == jnp.float16 and flat[tower, p].dtype != np.float16:
@@ -294,25 +312,29 @@ def _read_group(
     flat: Mapping[tuple[str, str], TensorSpec],
     group: list[tuple[str, str]],
     dtype: np.dtype | None,
+    placement: Placement | None,
 ) -> dict[tuple[str, str], jax.Array]:
     from orbax.checkpoint import v1 as ocp
 
-    # Without a sharding in every leaf Orbax takes the one of the machine that wrote the checkpoint.
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     wanted = set(group)
     abstract: dict[str, dict[str, Any]] = {}
     for (tower, p), spec in flat.items():
-        abstract.setdefault(tower, {})[p] = (
-            jax.ShapeDtypeStruct(spec.shape, spec.dtype if dtype is None else param_dtype(p, dtype), sharding=sharding)
-            if (tower, p) in wanted
-            else ocp.PLACEHOLDER
-        )
+        abstract.setdefault(tower, {})[p] = ocp.PLACEHOLDER
+        if (tower, p) in wanted:
+            kept = spec.dtype if dtype is None else param_dtype(p, dtype)
+            # Without a sharding in every leaf Orbax takes the one of the machine that wrote the checkpoint.
+            sharding = (placement or _default_device)(tower, p, spec)
+            abstract[tower][p] = jax.ShapeDtypeStruct(spec.shape, kept, sharding=sharding)
     try:
         loaded = ocp.load(path.absolute(), {tower: unflatten(tree) for tower, tree in abstract.items()})
     except Exception as error:  # Orbax has no common base class for what damaged data raises
         raise _damaged(path, error) from error
     flat_loaded = {tower: flatten(tree) for tower, tree in loaded.items()}
     return {(tower, p): flat_loaded[tower][p] for tower, p in group}
+
+
+def _default_device(*_: object) -> jax.sharding.Sharding:
+    return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
 
 def _damaged(path: Path, reason: object) -> CheckpointError:

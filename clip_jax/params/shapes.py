@@ -1,4 +1,4 @@
-"""The parameter tree of a tower, as flat paths, and the comparison of one tree with another."""
+"""The parameter tree of a tower, as flat paths with shapes and logical axes; the comparison of two trees."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,6 +20,9 @@ from clip_jax.models import model_of
 
 #: "text_model/encoder/layers/0/mlp/fc1/kernel" -> its shape.
 Shapes = Mapping[str, tuple[int, ...]]
+
+#: "text_model/encoder/layers/0/mlp/fc1/kernel" -> ("embed", "mlp"); None is a dimension that has no name.
+Axes = Mapping[str, tuple[str | None, ...]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,13 +41,27 @@ class TensorSpec:
 @functools.cache
 def param_shapes(config: TowerConfig) -> Shapes:
     """Path -> shape of every parameter of a tower; nothing is allocated."""
-    variables = jax.eval_shape(model_of(config).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
-    return {path: leaf.shape for path, leaf in flatten(variables["params"]).items()}
+    return {path: leaf.shape for path, leaf in flatten(_abstract(config)).items()}
+
+
+@functools.cache
+def param_axes(config: TowerConfig) -> Axes:
+    """Path -> logical axis of every dimension of every parameter, as `clip_jax.models` documents them."""
+    specs = traverse_util.flatten_dict(nn.get_partition_spec(_abstract(config)), sep="/")
+    return {
+        path: (*specs[path], *[None] * (len(shape) - len(specs[path]))) for path, shape in param_shapes(config).items()
+    }
+
+
+def _abstract(config: TowerConfig) -> dict[str, Any]:
+    with nn.logical_axis_rules(()):  # a pipeline's own rules, where they are in force, would constrain shapes
+        return jax.eval_shape(model_of(config).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
 
 
 def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested dict -> path -> leaf."""
-    return traverse_util.flatten_dict(tree, sep="/")
+    """Nested dict -> path -> leaf, without the logical axes that leaves made by `init` are boxed with."""
+    leaves = traverse_util.flatten_dict(tree, sep="/")
+    return {path: leaf.value if isinstance(leaf, nn.LogicallyPartitioned) else leaf for path, leaf in leaves.items()}
 
 
 def unflatten(leaves: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,203 @@
+"""Run by `test_sharding.py` with eight simulated devices: loads, encodes and measures; prints JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+import clip_jax
+import clip_jax.encoder
+from clip_jax.convert.foreign import ForeignCheckpoint, open_foreign
+from clip_jax.convert.tower import ForeignTower
+from clip_jax.models import T5Encoder
+from clip_jax.params import checkpoint as ckpt
+from clip_jax.params.shapes import flatten, unflatten
+from clip_jax.params.shard import Index, device_bytes, param_shardings, placed_by, sharded_array
+from tests.sharding.small import PROMPTS, T5, bytes_by_device, collectives, encode, largest_error, same_parts
+
+jax.config.update("jax_default_matmul_precision", "float32")
+
+# maxdiffusion's, for SDXL: rules for names that are not ours are passed over.
+MAXDIFFUSION = (
+    ("batch", "data"),
+    ("activation_heads", "fsdp"),
+    ("embed", "fsdp"),
+    ("heads", "tensor"),
+    ("conv_batch", ["data", "fsdp"]),
+)
+
+# Name -> source, mesh, rules, number of prompts: 3 are padded to 4.
+CASES: dict[str, tuple[str, dict[str, int], Any, int]] = {
+    "clip, data": ("sd15", {"data": 4}, None, 4),
+    "clip, tensor": ("sd15", {"tensor": 8}, None, 4),
+    "clip, both": ("sd15", {"data": 4, "tensor": 2}, None, 3),
+    "flux, both": ("flux orbax", {"data": 2, "tensor": 4}, None, 4),
+    "flux, fsdp": ("flux", {"fsdp": 8}, None, 4),
+    "sdxl, both": ("sdxl", {"data": 2, "tensor": 4}, None, 4),
+    "sdxl, maxdiffusion": ("sdxl", {"data": 1, "fsdp": 4, "tensor": 2}, MAXDIFFUSION, 4),
+}
+
+
+def main(sources: Path) -> None:
+    programs = record_programs()
+    whole = {name: open_foreign([sources / name], family=name).read_params(None) for name in ("sd15", "flux", "sdxl")}
+    encoders, results = {}, {}
+    for case, (source, axes, rules, size) in CASES.items():
+        family, mesh = source.split()[0], mesh_of(axes)
+        encoder = encoders[case] = clip_jax.load(sources / source, family=family, mesh=mesh, rules=rules)
+        out = encode(encoder, PROMPTS[:size])
+        results[case] = {
+            "error": largest_error(out, reference(sources / f"{family}.npz", size)),
+            "same params": same_parts(encoder.params, whole[family]),
+            "bytes": bytes_by_device(encoder.params),
+            "predicted": device_bytes(encoder.config, param_shardings(encoder.config, mesh, rules), "float32"),
+            "arguments": programs[-1].memory_analysis().argument_size_in_bytes,
+            "collectives": collectives(programs[-1].as_text()),
+        }
+    one = encode(encoders["clip, both"], PROMPTS[:1])
+    results["one prompt"] = {"error": largest_error(one, reference(sources / "sd15.npz", 1))}
+    results["saved"] = saved(encoders["flux, both"], whole["flux"], sources / "saved")
+    results["low"] = low(sources, whole["flux"])
+    results["linen"] = linen(whole["flux"]["t5"])
+    results["reads"] = reads(open_foreign([sources / "sdxl"]))
+    results["controls"] = controls(encoders["flux, both"], programs)
+    results["copies"] = copies()
+    print(json.dumps(results))
+
+
+def mesh_of(axes: Mapping[str, int]) -> jax.sharding.Mesh:
+    """As `jax.make_mesh` makes it, with explicit axes; of as many devices as it takes."""
+    return jax.make_mesh(tuple(axes.values()), tuple(axes), devices=jax.devices()[: math.prod(axes.values())])
+
+
+def record_programs() -> list[Any]:
+    """The compiled programs that `TextEncoder` runs from now on."""
+    programs: list[Any] = []
+
+    def recorded(params: Any, tokens: Any, **static: Any) -> Any:
+        programs.append(clip_jax.text_embeddings.lower(params, tokens, **static).compile())
+        return programs[-1](params, tokens)
+
+    clip_jax.encoder.text_embeddings = recorded  # type: ignore[assignment]
+    return programs
+
+
+def reference(path: Path, size: int) -> dict[str, np.ndarray]:
+    """What one device makes of the first prompts, guidance rows [2, 4] included where there are some."""
+    arrays = dict(np.load(path))
+    rows = {name: array.reshape(-1, len(PROMPTS), *array.shape[1:])[:, :size] for name, array in arrays.items()}
+    return {name: array.reshape(-1, *array.shape[2:]) for name, array in rows.items()}
+
+
+def saved(encoder: clip_jax.TextEncoder, whole: Any, path: Path) -> dict[str, bool]:
+    """Sharded params written, and read again: on one device, and split in another way."""
+    encoder.save(path)
+    specs, shardings = ckpt.read_specs(path, encoder.config), param_shardings(encoder.config, mesh_of({"tensor": 8}))
+    return {
+        "whole": same_parts(ckpt.read_params(path, specs, None), whole),
+        "split": same_parts(ckpt.read_params(path, specs, None, placement=placed_by(shardings)), whole),
+    }
+
+
+def low(sources: Path, whole: Any) -> dict[str, Any]:
+    """Casting part by part is casting the whole."""
+    bfloat16 = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), whole)
+    opened = open_foreign([sources / "flux"])
+    configs = {tower.name: tower.config for tower in opened.family.towers}
+    shardings = param_shardings(configs, mesh_of({"data": 2, "tensor": 4}))
+    stored = ckpt.read_specs(sources / "flux orbax", configs)
+    read: dict[str, Callable[..., Any]] = {
+        "flux": opened.read_params,
+        "flux orbax": lambda dtype, placement: ckpt.read_params(
+            sources / "flux orbax", stored, dtype, placement=placement
+        ),
+    }
+    split = {name: function(jnp.dtype("bfloat16"), placement=placed_by(shardings)) for name, function in read.items()}
+    return {
+        "predicted": device_bytes(configs, shardings, "bfloat16"),
+        **{name: [same_parts(params, bfloat16), bytes_by_device(params)[0]] for name, params in split.items()},
+    }
+
+
+def linen(params: Any) -> dict[str, Any]:
+    """A pipeline that shards the module by its own rules, and calls it in its own jit."""
+    mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(2, 4), ("fsdp", "tensor"))
+    model, ids = T5Encoder(T5), jnp.arange(24, dtype=jnp.int32).reshape(2, 12)
+    abstract = jax.eval_shape(model.init, jax.random.key(0), ids)
+    rules = (("embed", "fsdp"), ("heads", "tensor"), ("mlp", "tensor"))
+    shardings = nn.logical_to_mesh_sharding(nn.get_partition_spec(abstract), mesh, rules)["params"]
+    split = jax.device_put(params, shardings)
+    run = jax.jit(lambda params: model.apply({"params": params}, ids).last_hidden_state)
+    return {
+        "error": float(np.abs(np.asarray(run(split)) - np.asarray(run(params))).max()),
+        "bytes": bytes_by_device(split),
+    }
+
+
+def reads(opened: ForeignCheckpoint) -> dict[str, Any]:
+    """How much of a foreign checkpoint is read for a mesh that holds every part twice."""
+    sizes: list[tuple[str, int]] = []
+    reader = ForeignTower.reader
+
+    def counted(tower: ForeignTower, path: str, dtype: Any) -> Callable[[Index], np.ndarray]:
+        def part(index: Index) -> np.ndarray:
+            array = reader(tower, path, dtype)(index)
+            sizes.append((path, array.size))
+            return array
+
+        return part
+
+    ForeignTower.reader = counted  # type: ignore[method-assign]
+    configs = {tower.name: tower.config for tower in opened.family.towers}
+    shardings = param_shardings(configs, mesh_of({"data": 2, "tensor": 4}))
+    params = opened.read_params(None, placement=placed_by(shardings))
+    ForeignTower.reader = reader  # type: ignore[method-assign]
+    return {
+        "numbers": sum(size for _, size in sizes),
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
+        "fc1": sorted({size for path, size in sizes if path.endswith("layers/0/mlp/fc1/kernel")}),
+    }
+
+
+def controls(encoder: clip_jax.TextEncoder, programs: list[Any]) -> dict[str, Any]:
+    """What is measured of params of which one kernel is split in another way than it should be."""
+    leaves = flatten(encoder.params["t5"])
+    kernel = "encoder/block/0/layer/1/DenseReluDense/wo/kernel"
+    mesh = leaves[kernel].sharding.mesh
+    found: dict[str, Any] = {}
+    for name, spec in {"whole": (None, None), "columns": (None, "tensor")}.items():
+        wrong = jax.device_put(leaves[kernel], NamedSharding(mesh, PartitionSpec(*spec)))
+        encoder.params = {**encoder.params, "t5": unflatten({**leaves, kernel: wrong})}
+        found[name] = {"bytes": bytes_by_device(encoder.params)[0]}
+    encode(encoder, PROMPTS)
+    found["columns"]["collectives"] = collectives(programs[-1].as_text())
+    return found
+
+
+def copies() -> dict[str, Any]:
+    """A part that several devices hold is read once, and is a copy of a file that changes later."""
+    mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(2, 4), ("data", "tensor"))
+    file, asked = np.arange(4096, dtype=np.float32).reshape(64, 64), []
+
+    def read(index: Index) -> np.ndarray:
+        asked.append(index)
+        return file[index]
+
+    array = sharded_array(file.shape, NamedSharding(mesh, PartitionSpec("tensor")), read)
+    before = file.copy()
+    file[:] = 0
+    return {"asked": len(asked), "same": bool(np.array_equal(array, before))}
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
