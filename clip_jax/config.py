@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from clip_jax.errors import ConfigError
-from clip_jax.hf_fields import check_fields
+from clip_jax.hf_fields import OF_ANY_MODEL, check_fields
 from clip_jax.t5_config import T5EncoderConfig as T5EncoderConfig
 
 #: `hidden_act` in a transformers config. "gelu" is the exact (erf) form there, "gelu_new" the tanh form.
@@ -28,19 +28,8 @@ _HF_DEFAULTS: dict[str, Any] = {
 }
 
 # Written by transformers 4 or 5 and without effect on what the text model computes at inference.
-_HF_WITHOUT_EFFECT = frozenset(
-    "_name_or_path architectures attention_dropout bos_token_id dropout dtype initializer_factor "
-    "initializer_range logit_scale_init_value model_type pad_token_id torch_dtype transformers_version "
-    "_attn_implementation attn_implementation gradient_checkpointing use_cache "
-    # transformers 4 wrote its generation defaults into the `text_config` of a whole CLIPModel
-    "bad_words_ids begin_suppress_tokens chunk_size_feed_forward decoder_start_token_id diversity_penalty "
-    "do_sample early_stopping encoder_no_repeat_ngram_size exponential_decay_length_penalty finetuning_task "
-    "forced_bos_token_id forced_eos_token_id id2label is_encoder_decoder label2id length_penalty max_length "
-    "min_length no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_attentions "
-    "output_hidden_states output_scores prefix problem_type pruned_heads remove_invalid_values "
-    "repetition_penalty return_dict return_dict_in_generate sep_token_id suppress_tokens "
-    "task_specific_params temperature tf_legacy_loss tie_encoder_decoder tie_word_embeddings "
-    "tokenizer_class top_k top_p torchscript typical_p use_bfloat16 "
+_HF_WITHOUT_EFFECT = OF_ANY_MODEL | frozenset(
+    "attention_dropout bos_token_id dropout initializer_factor initializer_range logit_scale_init_value pad_token_id "
     # the other half of a whole CLIPModel
     "text_config text_config_dict vision_config vision_config_dict".split()
 )

@@ -8,6 +8,20 @@ from typing import Any
 
 from clip_jax.errors import ConfigError
 
+OF_ANY_MODEL = frozenset(
+    "_attn_implementation _name_or_path architectures attn_implementation chunk_size_feed_forward dtype "
+    "gradient_checkpointing id2label is_encoder_decoder label2id model_type output_attentions output_hidden_states "
+    "problem_type return_dict torch_dtype transformers_version use_cache "
+    # what transformers 4 wrote of its base class, generation defaults among it
+    "bad_words_ids begin_suppress_tokens decoder_start_token_id diversity_penalty do_sample early_stopping "
+    "encoder_no_repeat_ngram_size exponential_decay_length_penalty finetuning_task forced_bos_token_id "
+    "forced_eos_token_id length_penalty max_length min_length no_repeat_ngram_size num_beam_groups num_beams "
+    "num_return_sequences output_scores prefix pruned_heads remove_invalid_values repetition_penalty "
+    "return_dict_in_generate sep_token_id suppress_tokens task_specific_params temperature tf_legacy_loss "
+    "tie_encoder_decoder tie_word_embeddings tokenizer_class top_k top_p torchscript typical_p use_bfloat16".split()
+)
+"""Fields that transformers writes for any model, without effect on what a text encoder computes at inference."""
+
 
 def check_fields(
     config: Mapping[str, Any],

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from clip_jax.errors import ConfigError
-from clip_jax.hf_fields import check_fields
+from clip_jax.hf_fields import OF_ANY_MODEL, check_fields
 
 # transformers' T5Config defaults: what an absent key means (configuration_t5.py).
 _HF_DEFAULTS: dict[str, Any] = {
@@ -23,13 +23,9 @@ _HF_DEFAULTS: dict[str, Any] = {
 }
 
 # Written by transformers 4 or 5 and without effect on what the encoder computes at inference.
-_HF_WITHOUT_EFFECT = frozenset(
-    "_attn_implementation _name_or_path architectures attn_implementation bos_token_id "
-    "chunk_size_feed_forward classifier_dropout decoder_start_token_id dropout_rate dtype eos_token_id "
-    "gradient_checkpointing id2label initializer_factor is_encoder_decoder label2id model_type "
-    "n_positions num_decoder_layers output_attentions output_hidden_states output_past pad_token_id "
-    "problem_type return_dict scale_decoder_outputs task_specific_params tie_encoder_decoder "
-    "tie_word_embeddings tokenizer_class torch_dtype transformers_version use_cache".split()
+_HF_WITHOUT_EFFECT = OF_ANY_MODEL | frozenset(
+    "bos_token_id classifier_dropout dropout_rate eos_token_id initializer_factor n_positions num_decoder_layers "
+    "output_past pad_token_id scale_decoder_outputs".split()
 )
 
 # Fields that change what is computed, and the values under which it stays what T5Encoder computes.
@@ -37,6 +33,8 @@ _HF_REFUSED_UNLESS: dict[str, tuple[Any, ...]] = {
     "dense_act_fn": (None, "gelu_new", "gelu_pytorch_tanh"),
     "is_gated_act": (None, True),
     "is_decoder": (None, False),
+    "add_cross_attention": (None, False),
+    "cross_attention_hidden_size": (None,),
     "quantization_config": (None,),
 }
 

@@ -16,6 +16,7 @@ Letters: B batch, L tokens, D width, N heads, H head size, F mlp width, V vocabu
 from __future__ import annotations
 
 import dataclasses
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -39,20 +40,23 @@ class ClipTextOutput:
         last_hidden_state: [B, L, D], `hidden_states[-1]` after the final LayerNorm.
         pooler_output: [B, D], the row of `last_hidden_state` at the first end-of-text token.
         text_embeds: [B, P], `pooler_output` projected, not normalised; None without `text_projection`.
+        attentions: One for every layer, [B, N, L, L]: how much each row (query) attends to each other (key).
     """
 
     hidden_states: tuple[jax.Array, ...]
     last_hidden_state: jax.Array
     pooler_output: jax.Array
     text_embeds: jax.Array | None
+    attentions: tuple[jax.Array, ...]
 
 
 class _Module(nn.Module):
-    """What every module is made with: the architecture, the dtypes of the computation and of the params."""
+    """What every module is made with: the architecture, and dtypes (`ClipTextModel` tells which)."""
 
     config: ClipTextConfig
     dtype: jax.typing.DTypeLike = jnp.float32
     param_dtype: jax.typing.DTypeLike = jnp.float32
+    legacy_dtypes: bool = False
 
     def dense(self, features: int, name: str, use_bias: bool = True) -> nn.Dense:
         return nn.Dense(
@@ -79,14 +83,17 @@ class _Module(nn.Module):
         return nn.Embed(
             rows,
             self.config.hidden_size,
-            dtype=self.dtype,
+            dtype=None if self.legacy_dtypes else self.dtype,  # None is that of the parameter
             param_dtype=self.param_dtype,
             embedding_init=with_axes(name, nn.initializers.normal(0.02)),
             name=name,
         )
 
     def child(self, module: type[_Module], name: str) -> _Module:
-        return module(self.config, self.dtype, self.param_dtype, name=name)
+        return module(*self.made_with(), name=name)
+
+    def made_with(self) -> tuple[Any, ...]:
+        return self.config, self.dtype, self.param_dtype, self.legacy_dtypes
 
 
 class ClipTextEmbeddings(_Module):
@@ -100,15 +107,16 @@ class ClipTextEmbeddings(_Module):
 
 
 class ClipAttention(_Module):
-    """Multi-head attention of some rows [B, Q, D] to all rows [B, L, D]: -> [B, Q, D]."""
+    """Multi-head attention of some rows [B, Q, D] to all rows [B, L, D]: -> [B, Q, D], weights [B, N, Q, L]."""
 
     @nn.compact
-    def __call__(self, rows: jax.Array, x: jax.Array, mask: jax.Array) -> jax.Array:
+    def __call__(self, rows: jax.Array, x: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
         q, k, v = (
             self.dense(self.config.hidden_size, name)(y).reshape(*y.shape[:-1], self.config.num_attention_heads, -1)
             for name, y in (("q_proj", rows), ("k_proj", x), ("v_proj", x))
         )
-        return self.dense(self.config.hidden_size, "out_proj")(functional.attention(q, k, v, mask).reshape(rows.shape))
+        attended, weights = functional.attention(q, k, v, mask)
+        return self.dense(self.config.hidden_size, "out_proj")(attended.reshape(rows.shape)), weights
 
 
 class ClipMlp(_Module):
@@ -122,40 +130,51 @@ class ClipMlp(_Module):
 
 
 class ClipEncoderLayer(_Module):
-    """One pre-norm transformer block: [B, L, D] -> [B, L, D], or [B, 1, D] for one row of each sequence."""
+    """One pre-norm transformer block: [B, L, D] -> [B, L, D], or [B, 1, D] for one row; and attention's weights."""
 
     def setup(self) -> None:
         self.layer_norm1 = self.layer_norm(None)
-        self.self_attn = ClipAttention(self.config, self.dtype, self.param_dtype)
+        self.self_attn = ClipAttention(*self.made_with())
         self.layer_norm2 = self.layer_norm(None)
-        self.mlp = ClipMlp(self.config, self.dtype, self.param_dtype)
+        self.mlp = ClipMlp(*self.made_with())
 
-    def __call__(self, x: jax.Array, mask: jax.Array, row: jax.Array | None = None) -> jax.Array:
+    def __call__(self, x: jax.Array, mask: jax.Array, row: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
         normed = self.layer_norm1(x)
         rows = normed
         if row is not None:  # [B]: keys and values of all rows, the rest of the block for this one
             x, rows, mask = (functional.take_row(y, row) for y in (x, normed, mask))
-        x = x + self.self_attn(rows, normed, mask)
-        return x + self.mlp(self.layer_norm2(x))
+        attended, weights = self.self_attn(rows, normed, mask)
+        x = x + attended
+        return x + self.mlp(self.layer_norm2(x)), weights
+
+
+class _Blocks(NamedTuple):
+    """The input and the output of each block, the weights of its attention, and one row of the last output."""
+
+    hidden_states: tuple[jax.Array, ...]
+    attentions: tuple[jax.Array, ...]
+    row: jax.Array
 
 
 class ClipLayers(_Module):
-    """The blocks, named "0", "1", ...; returns the input and the output of each, and one row of the last."""
+    """The blocks, named "0", "1", ..."""
 
     @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array, row: jax.Array) -> tuple[tuple[jax.Array, ...], jax.Array]:
-        hidden_states = [x]
+    def __call__(self, x: jax.Array, mask: jax.Array, row: jax.Array) -> _Blocks:
+        hidden_states, attentions = [x], []
         for i in range(self.config.num_hidden_layers):
             layer = self.child(ClipEncoderLayer, str(i))
-            hidden_states.append(layer(hidden_states[-1], mask))
-        return tuple(hidden_states), layer(hidden_states[-2], mask, row)
+            x, weights = layer(x, mask)
+            hidden_states.append(x)
+            attentions.append(weights)
+        return _Blocks(tuple(hidden_states), tuple(attentions), layer(hidden_states[-2], mask, row)[0])
 
 
 class ClipEncoder(_Module):
     """Holds the blocks under the name `layers`."""
 
     @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array, row: jax.Array) -> tuple[tuple[jax.Array, ...], jax.Array]:
+    def __call__(self, x: jax.Array, mask: jax.Array, row: jax.Array) -> _Blocks:
         return self.child(ClipLayers, "layers")(x, mask, row)
 
 
@@ -163,13 +182,13 @@ class ClipTextTransformer(_Module):
     """Embeddings, blocks and final LayerNorm, without projection."""
 
     def setup(self) -> None:
-        self.embeddings = ClipTextEmbeddings(self.config, self.dtype, self.param_dtype)
-        self.encoder = ClipEncoder(self.config, self.dtype, self.param_dtype)
+        self.embeddings = ClipTextEmbeddings(*self.made_with())
+        self.encoder = ClipEncoder(*self.made_with())
         self.final_layer_norm = self.layer_norm(None)
 
     def __call__(
         self, input_ids: jax.Array, attention_mask: jax.Array | None, position_ids: jax.Array | None
-    ) -> tuple[tuple[jax.Array, ...], jax.Array]:
+    ) -> _Blocks:
         length = input_ids.shape[-1]
         if position_ids is None:
             position_ids = jnp.arange(length)[None]
@@ -191,10 +210,12 @@ class ClipTextModel(_Module):
         config: The architecture.
         dtype: Of the computation and the outputs.
         param_dtype: Of the parameters that `init` makes; `apply` takes them in any dtype.
+        legacy_dtypes: Whether the residual stream, and with it `hidden_states`, begins in the dtype of the
+            embeddings' parameters instead of `dtype`, as in the Flax classes of transformers 4.
     """
 
     def setup(self) -> None:
-        self.text_model = ClipTextTransformer(self.config, self.dtype, self.param_dtype)
+        self.text_model = ClipTextTransformer(*self.made_with())
         if self.config.projection_dim is not None:
             self.text_projection = self.dense(self.config.projection_dim, "text_projection", use_bias=False)
 
@@ -218,10 +239,10 @@ class ClipTextModel(_Module):
         length, positions = input_ids.shape[-1], self.config.max_position_embeddings
         if length > positions:  # an out-of-range gather would silently repeat the last position
             raise ClipJaxError(f"input_ids has {length} tokens per row, the model has {positions} positions.")
-        hidden_states, end = self.text_model(input_ids, attention_mask, position_ids)
-        last_hidden_state, pooled = self.final_norm(hidden_states[-1]), self.final_norm(end)[:, 0]
+        blocks = self.text_model(input_ids, attention_mask, position_ids)
+        last_hidden_state, pooled = self.final_norm(blocks.hidden_states[-1]), self.final_norm(blocks.row)[:, 0]
         projected = self.text_projection(pooled) if self.config.projection_dim is not None else None
-        return ClipTextOutput(hidden_states, last_hidden_state, pooled, projected)
+        return ClipTextOutput(blocks.hidden_states, last_hidden_state, pooled, projected, blocks.attentions)
 
     def final_norm(self, x: jax.Array) -> jax.Array:
         """The final LayerNorm, for pipelines that apply it to another layer than the last ("clip skip")."""

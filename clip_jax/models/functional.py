@@ -44,8 +44,8 @@ def causal_mask(length: int, attention_mask: jax.Array | None) -> jax.Array:
     return causal & (attention_mask != 0)[:, None, None, :]
 
 
-def attention(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array) -> jax.Array:
-    """Scaled dot-product attention over [B, L, N, H], softmax in float32.
+def attention(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Scaled dot-product attention over [B, L, N, H], softmax in float32; and its weights, [B, N, L, L].
 
     Masked scores are the lowest finite value rather than -inf, as in transformers' eager attention: a query
     with nothing to look at gets the mean of all values instead of NaN.
@@ -57,11 +57,11 @@ def attention(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Arra
 
 def biased_attention(
     query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array, attention_mask: jax.Array | None
-) -> jax.Array:
+) -> tuple[jax.Array, jax.Array]:
     """T5's attention over [B, L, N, H]: a bias is added to the scores, not scaled; softmax in float32.
 
     `bias` is [1, N, L, L] in float32. `attention_mask` is [B, L], nonzero for tokens that may be attended to;
-    None means all. It masks as in `attention`.
+    None means all. It masks as in `attention`, and what is returned is as there.
     """
     scores = _scores(query, key) + bias
     if attention_mask is not None:
@@ -74,9 +74,9 @@ def _scores(query: jax.Array, key: jax.Array) -> jax.Array:
     return jnp.einsum("bqnh,bknh->bnqk", query, key, preferred_element_type=jnp.float32)
 
 
-def _weighted_sum(scores: jax.Array, value: jax.Array) -> jax.Array:
+def _weighted_sum(scores: jax.Array, value: jax.Array) -> tuple[jax.Array, jax.Array]:
     weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    return jnp.einsum("bnqk,bknh->bqnh", weights, value)
+    return jnp.einsum("bnqk,bknh->bqnh", weights, value), weights
 
 
 def relative_position_buckets(relative: np.ndarray, num_buckets: int, max_distance: int) -> np.ndarray:

@@ -16,6 +16,7 @@ Letters: B batch, L tokens, D width, N heads, H head size, F feed-forward width,
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -37,18 +38,21 @@ class T5Output:
         hidden_states: One more than there are layers, each [B, L, D]: the embeddings, then the output of
             every block but the last, all before the final norm; then `last_hidden_state`, as in transformers.
         last_hidden_state: [B, L, D], the output of the last block after the final norm.
+        attentions: One for every layer, [B, N, L, L]: how much each row (query) attends to each other (key).
     """
 
     hidden_states: tuple[jax.Array, ...]
     last_hidden_state: jax.Array
+    attentions: tuple[jax.Array, ...]
 
 
 class _Module(nn.Module):
-    """What every module is made with: the architecture, the dtypes of the computation and of the params."""
+    """What every module is made with: the architecture, and dtypes (`T5Encoder` tells which)."""
 
     config: T5EncoderConfig
     dtype: jax.typing.DTypeLike = jnp.float32
     param_dtype: jax.typing.DTypeLike = jnp.float32
+    legacy_dtypes: bool = False
 
     def dense(self, features: int, name: str, dtype: jax.typing.DTypeLike | None = None, gain: float = 1.0) -> nn.Dense:
         return nn.Dense(
@@ -61,23 +65,32 @@ class _Module(nn.Module):
         )
 
     def child(self, module: type[_Module], name: str) -> _Module:
-        return module(self.config, self.dtype, self.param_dtype, name=name)
+        return module(self.config, self.dtype, self.param_dtype, self.legacy_dtypes, name=name)
 
 
 class T5LayerNorm(_Module):
-    """RMSNorm: [B, L, D] -> [B, L, D], in `dtype`."""
+    """RMSNorm: [B, L, D] -> [B, L, D], in `dtype`, or float32 (`legacy_dtypes`)."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         weight = self.param("weight", nn.initializers.ones, (self.config.d_model,), self.param_dtype)
-        return functional.rms_norm(x, weight.astype(self.dtype), self.config.layer_norm_epsilon)
+        dtype = jnp.float32 if self.legacy_dtypes else self.dtype
+        return functional.rms_norm(x, weight.astype(dtype), self.config.layer_norm_epsilon)
+
+
+class _Attended(NamedTuple):
+    """What comes out of attention: rows [B, L, D], the position bias that the next block takes, and its weights."""
+
+    x: jax.Array
+    bias: jax.Array
+    weights: jax.Array
 
 
 class T5Attention(_Module):
-    """Multi-head self-attention: [B, L, D] -> [B, L, D], and the position bias that the next block takes."""
+    """Multi-head self-attention: [B, L, D] -> [B, L, D]."""
 
     @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array | None, bias: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    def __call__(self, x: jax.Array, mask: jax.Array | None, bias: jax.Array | None) -> _Attended:
         config = self.config
         heads = (*x.shape[:-1], config.num_heads, config.d_kv)
         inner = config.num_heads * config.d_kv
@@ -87,8 +100,8 @@ class T5Attention(_Module):
         )
         if bias is None:  # the first block: it alone has a table of biases
             bias = self.position_bias(x.shape[1])
-        x = functional.biased_attention(q, k, v, bias, mask)
-        return self.dense(config.d_model, "o")(x.reshape(*x.shape[:2], inner)), bias
+        x, weights = functional.biased_attention(q, k, v, bias, mask)
+        return _Attended(self.dense(config.d_model, "o")(x.reshape(*x.shape[:2], inner)), bias, weights)
 
     def position_bias(self, length: int) -> jax.Array:
         """What each head adds to the score of each query and key: [1, N, L, L], float32."""
@@ -124,11 +137,10 @@ class T5SelfAttentionLayer(_Module):
     """Pre-norm self-attention and its residual."""
 
     @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array | None, bias: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    def __call__(self, x: jax.Array, mask: jax.Array | None, bias: jax.Array | None) -> _Attended:
         normed = self.child(T5LayerNorm, "layer_norm")(x)
-        attended, bias = self.child(T5Attention, "SelfAttention")(normed, mask, bias)
-        x = functional.clamp_float16(x + functional.clamp_float16(attended))
-        return x, bias
+        attended = self.child(T5Attention, "SelfAttention")(normed, mask, bias)
+        return attended._replace(x=functional.clamp_float16(x + functional.clamp_float16(attended.x)))
 
 
 class T5FeedForwardLayer(_Module):
@@ -144,29 +156,30 @@ class T5Layers(_Module):
     """The two layers of a block, named "0" and "1"."""
 
     @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array | None, bias: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-        x, bias = self.child(T5SelfAttentionLayer, "0")(x, mask, bias)
-        return self.child(T5FeedForwardLayer, "1")(x), bias
+    def __call__(self, x: jax.Array, mask: jax.Array | None, bias: jax.Array | None) -> _Attended:
+        attended = self.child(T5SelfAttentionLayer, "0")(x, mask, bias)
+        return attended._replace(x=self.child(T5FeedForwardLayer, "1")(attended.x))
 
 
 class T5Block(_Module):
     """Holds the layers of a block under the name `layer`."""
 
     @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array | None, bias: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    def __call__(self, x: jax.Array, mask: jax.Array | None, bias: jax.Array | None) -> _Attended:
         return self.child(T5Layers, "layer")(x, mask, bias)
 
 
 class T5Blocks(_Module):
-    """The blocks, named "0", "1", ...; returns the input and the output of each."""
+    """The blocks, named "0", "1", ...; returns the input and the output of each, and the weights of its attention."""
 
     @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, ...]:
-        hidden_states, bias = [x], None
+    def __call__(self, x: jax.Array, mask: jax.Array | None) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
+        hidden_states, attentions, bias = [x], [], None
         for i in range(self.config.num_layers):
-            x, bias = self.child(T5Block, str(i))(x, mask, bias)
+            x, bias, weights = self.child(T5Block, str(i))(x, mask, bias)
             hidden_states.append(x)
-        return tuple(hidden_states)
+            attentions.append(weights)
+        return tuple(hidden_states), tuple(attentions)
 
 
 class T5Stack(_Module):
@@ -174,9 +187,9 @@ class T5Stack(_Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array | None) -> T5Output:
-        hidden_states = self.child(T5Blocks, "block")(x, mask)
+        hidden_states, attentions = self.child(T5Blocks, "block")(x, mask)
         last = self.child(T5LayerNorm, "final_layer_norm")(hidden_states[-1])
-        return T5Output((*hidden_states[:-1], last), last)
+        return T5Output((*hidden_states[:-1], last), last, attentions)
 
 
 class T5Encoder(_Module):
@@ -192,6 +205,8 @@ class T5Encoder(_Module):
         config: The architecture.
         dtype: Of the computation and the outputs; with float16, the hidden states of the blocks are float32.
         param_dtype: Of the parameters that `init` makes; `apply` takes them in any dtype.
+        legacy_dtypes: Whether norms, and with the last of them `last_hidden_state`, are float32 whatever `dtype`
+            is, as in the Flax classes of transformers 4.
     """
 
     @nn.compact
