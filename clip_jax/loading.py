@@ -19,6 +19,7 @@ from clip_jax.config import ClipTextConfig, TowerConfig
 from clip_jax.convert.components import ConfigLike, read_configs
 from clip_jax.convert.detect import family_called, folders_of
 from clip_jax.convert.foreign import open_foreign
+from clip_jax.convert.hub import Access
 from clip_jax.convert.layouts import Projection
 from clip_jax.convert.resolve import SourceLike, resolve_all
 from clip_jax.encoder import TextEncoder
@@ -309,7 +310,8 @@ def _open(
         found = family_called(source.removeprefix(_RANDOM))
         _check_family(source, found.name, family)
         return _Random(found.without(without))
-    paths = [resolved.path for resolved in resolve_all(source, skip=folders_of(without), **hub._asdict())]
+    access = Access(revision=hub.revision, local_files_only=hub.local_files_only, skip=folders_of(without))
+    paths = [resolved.path for resolved in resolve_all(source, access, progress=hub.progress)]
     if not any(map(ckpt.is_checkpoint, paths)):
         return open_foreign(
             paths,

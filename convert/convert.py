@@ -13,6 +13,7 @@ import jax.typing
 from clip_jax.convert.components import ConfigLike, read_configs
 from clip_jax.convert.detect import folders_of
 from clip_jax.convert.foreign import ForeignCheckpoint, open_foreign
+from clip_jax.convert.hub import Access
 from clip_jax.convert.layouts import Projection
 from clip_jax.convert.resolve import SourceLike, resolve_all
 from clip_jax.convert.source import sha256
@@ -82,13 +83,8 @@ def convert(
     out = Path(os.path.abspath(out))
     check_free(out, overwrite)  # before the work, not after it
     without = {without} if isinstance(without, str) else set(without)
-    found = resolve_all(
-        source,
-        revision=revision,
-        local_files_only=local_files_only,
-        skip=folders_of(without),
-        progress=progress,
-    )
+    access = Access(revision=revision, local_files_only=local_files_only, skip=folders_of(without))
+    found = resolve_all(source, access, progress=progress)
     for one in found:
         if is_checkpoint(one.path):
             raise CheckpointError(f"{one.path} is an Orbax folder; expected a checkpoint in a foreign layout.")

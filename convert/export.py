@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import os
+import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -117,6 +118,33 @@ def export(
     return out
 
 
+def write_component(folder: Path, config: Mapping[str, Any], leaves: Mapping[str, Any]) -> None:
+    """Writes the folder of one text encoder: `config.json` and `model.safetensors`, each whole or not at all.
+
+    Args:
+        folder: Is made if need be; other files in it are left alone.
+        config: Of transformers.
+        leaves: Path -> parameter, of numpy or jax.
+
+    Raises:
+        CheckpointError: A dtype that safetensors lacks, or the folder cannot be written. What was in it stays.
+    """
+    specs = _widest_first({path: TensorSpec(tuple(leaf.shape), np.dtype(leaf.dtype)) for path, leaf in leaves.items()})
+    if unknown := {spec.dtype.name for spec in specs.values() if spec.dtype not in _DTYPE_NAMES}:
+        raise CheckpointError(f"{folder}: safetensors has no dtype {', '.join(sorted(unknown))}. Cast the params.")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".clip-jax-", dir=folder) as stage:
+            _write_json(Path(stage, "config.json"), config)
+            _write_safetensors(
+                Path(stage, "model.safetensors"), specs, ((path, leaves[path]) for path in specs), lambda _: None
+            )
+            for name in ("model.safetensors", "config.json"):
+                os.replace(Path(stage, name), folder / name)
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be written: {error}. Make room, or choose another place.") from error
+
+
 def _widest_first(tree: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
     """The same in the order in which each tensor is aligned to its dtype, as torch needs it."""
     return dict(sorted(tree.items(), key=lambda item: -item[1].dtype.itemsize))
@@ -156,7 +184,7 @@ def _write_json(path: Path, tree: Mapping[str, Any]) -> None:
 def _write_safetensors(
     path: Path,
     specs: Mapping[str, TensorSpec],
-    leaves: Iterable[tuple[str, jax.Array]],
+    leaves: Iterable[tuple[str, Any]],
     update: Callable[[int], object],
 ) -> None:
     """Writes a header from what is known of the tensors, then each of them as it comes, in the same order."""

@@ -8,13 +8,12 @@ it, or several of these files.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from clip_jax.config import ClipTextConfig, TowerConfig
@@ -28,7 +27,7 @@ from clip_jax.convert.tower import ForeignTower, open_tower
 from clip_jax.errors import CheckpointError
 from clip_jax.families import Family
 from clip_jax.params.shapes import TensorSpec, layer_groups, unflatten
-from clip_jax.params.shard import Placement, sharded_array
+from clip_jax.params.shard import Placement
 from clip_jax.progress import byte_bar
 from clip_jax.tokenizers import RowTokenizer
 
@@ -83,19 +82,11 @@ class ForeignCheckpoint:
         Raises:
             CheckpointError: float16 cannot hold a value, or two copies of a tensor differ.
         """
-        leaves: dict[str, dict[str, jax.Array]] = {name: {} for name in self.towers}
         with byte_bar(self.nbytes, "Loading", progress) as bar:
-            for name, tower in self.towers.items():
-                tower.check_twins()
-                for path, spec in tower.specs().items():
-                    if placement is None:
-                        # A copy: on a CPU, device_put would take an aligned view of the file as it is.
-                        leaves[name][path] = jnp.array(tower.read(path, dtype))
-                    else:
-                        sharding = placement(name, path, spec)
-                        leaves[name][path] = sharded_array(spec.shape, sharding, tower.reader(path, dtype))
-                    bar.update(spec.nbytes)
-        return {name: unflatten(tree) for name, tree in leaves.items()}
+            return {
+                name: unflatten(tower.read_params(dtype, placement and functools.partial(placement, name), bar.update))
+                for name, tower in self.towers.items()
+            }
 
     def parts(
         self, dtype: np.dtype | None, update: Callable[[int], object]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+import os
 import re
 import sys
 from collections import defaultdict
@@ -33,14 +35,33 @@ _TIMEOUT_SECONDS = 10  # for the first answer; by default the client waits witho
 _log = logging.getLogger(__name__)
 
 
-def fetch(
-    repo_id: str,
-    *,
-    revision: str | None = None,
-    local_files_only: bool = False,
-    skip: Collection[str] = (),
-    progress: bool | None = None,
-) -> Path:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Access:
+    """How to get at a repository, and what of it is wanted.
+
+    Attributes:
+        revision: A branch, tag or commit; the default branch if None.
+        local_files_only: Whether to use the cache without asking the Hub.
+        token: True or None is the one that is logged in.
+        cache_dir: Where downloads are kept; None is the client's place.
+        skip: Folders that are not wanted.
+        folder: The one folder that is wanted, as that of one text encoder ("" is the root); None is all of a
+            pipeline.
+    """
+
+    revision: str | None = None
+    local_files_only: bool = False
+    token: str | bool | None = None
+    cache_dir: str | os.PathLike[str] | None = None
+    skip: Collection[str] = ()
+    folder: str | None = None
+
+    def client_options(self) -> dict[str, Any]:
+        """Arguments of the client's `snapshot_download`."""
+        return {"revision": self.revision, "token": self.token, "cache_dir": self.cache_dir}
+
+
+def fetch(repo_id: str, access: Access | None = None, *, progress: bool | None = None) -> Path:
     """Downloads what text encoding needs of a repository into the cache of `huggingface_hub`.
 
     That is, of a diffusers pipeline, `model_index.json` and the configs, weights and tokenizer files in
@@ -50,9 +71,7 @@ def fetch(
 
     Args:
         repo_id: Such as "stable-diffusion-v1-5/stable-diffusion-v1-5".
-        revision: A branch, tag or commit; the default branch if None.
-        local_files_only: Whether to use the cache without asking the Hub.
-        skip: Folders that are not wanted.
+        access: How to get at it; None is the default branch of all of it.
         progress: Whether to show progress bars; if None, only on a terminal.
 
     Returns:
@@ -62,21 +81,23 @@ def fetch(
         CheckpointError: If there is no such repository or revision, it is gated, the Hub cannot be reached
             and the files are not in the cache, or the repository has no text encoder in a format that is read.
     """
+    access = Access() if access is None else access
     show = sys.stderr.isatty() if progress is None else progress
     try:
-        return _cached(repo_id, revision, skip) if local_files_only else _download(repo_id, revision, skip, show)
+        return _cached(repo_id, access) if access.local_files_only else _download(repo_id, access, show)
     except CheckpointError:
         raise
     except Exception as error:  # the client lets those of its HTTP, disk and JSON libraries through
-        raise CheckpointError(_explain(error, repo_id, revision)) from error
+        raise CheckpointError(_explain(error, repo_id, access.revision)) from error
 
 
-def needed_files(repo_id: str, names: Collection[str]) -> list[str]:
+def needed_files(repo_id: str, names: Collection[str], wanted: str | None = None) -> list[str]:
     """What text encoding needs of a repository; of sharded weights the index, but not yet the shards.
 
     Args:
         repo_id: For the messages.
         names: The paths of all its files.
+        wanted: The one folder that is wanted, as that of one text encoder; None is all of a pipeline.
 
     Raises:
         CheckpointError: If there is no text encoder, or one without weights of the usual names.
@@ -85,9 +106,14 @@ def needed_files(repo_id: str, names: Collection[str]) -> list[str]:
     for name in names:
         folder, _, file = name.rpartition("/")
         contents[folder].add(file)
-    pipeline = _MODEL_INDEX in names
-    folders = sorted(filter(_COMPONENT.fullmatch, contents)) if pipeline else [""]
-    encoders = list(filter(_ENCODER.fullmatch, folders)) if pipeline else [""]
+    pipeline = wanted is None and _MODEL_INDEX in names
+    folders = sorted(filter(_COMPONENT.fullmatch, contents)) if pipeline else [wanted or ""]
+    encoders = list(filter(_ENCODER.fullmatch, folders)) if pipeline else folders
+    if wanted and wanted not in contents:
+        raise CheckpointError(
+            f"{repo_id}: expected a folder {wanted}, found {', '.join(sorted(contents)[:20]) or 'nothing'}. Check"
+            " its name."
+        )
     if not encoders:
         raise CheckpointError(
             f"{repo_id}: expected a folder text_encoder, found a pipeline without one. Check that it is the"
@@ -105,48 +131,49 @@ def needed_files(repo_id: str, names: Collection[str]) -> list[str]:
     return needed
 
 
-def _download(repo_id: str, revision: str | None, skip: Collection[str], show: bool) -> Path:
+def _download(repo_id: str, access: Access, show: bool) -> Path:
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     try:
-        info = HfApi().model_info(repo_id, revision=revision, timeout=_TIMEOUT_SECONDS)
+        info = HfApi(token=access.token).model_info(repo_id, revision=access.revision, timeout=_TIMEOUT_SECONDS)
     except (HTTPError, OfflineModeIsEnabled) as error:
         try:
-            folder = _cached(repo_id, revision, skip)
+            folder = _cached(repo_id, access)
         except (LocalEntryNotFoundError, CheckpointError):
             raise error from None  # why the Hub gives nothing matters more than what the cache lacks
         if not isinstance(error, OfflineModeIsEnabled):
-            _log.warning("%s Using the copy in the cache.", _explain(error, repo_id, revision))
+            _log.warning("%s Using the copy in the cache.", _explain(error, repo_id, access.revision))
         return folder
 
-    names = _wanted((sibling.rfilename for sibling in info.siblings or ()), skip)
-    needed = needed_files(repo_id, names)
-    bar = _bar_class(show)
-    folder = Path(snapshot_download(repo_id, revision=revision, allow_patterns=needed, tqdm_class=bar))
+    names = _wanted((sibling.rfilename for sibling in info.siblings or ()), access.skip)
+    needed = needed_files(repo_id, names, access.folder)
+    options = access.client_options() | {"tqdm_class": _bar_class(show)}
+    folder = Path(snapshot_download(repo_id, allow_patterns=needed, **options))
     shards = _shards(repo_id, folder, needed, names)
     if shards:
-        snapshot_download(repo_id, revision=folder.name, allow_patterns=shards, tqdm_class=bar)
+        snapshot_download(repo_id, allow_patterns=shards, **options | {"revision": folder.name})
     return folder
 
 
-def _cached(repo_id: str, revision: str | None, skip: Collection[str]) -> Path:
+def _cached(repo_id: str, access: Access) -> Path:
     """The snapshot in the cache, if it is whole."""
     from huggingface_hub import snapshot_download
 
     def find(patterns: list[str]) -> Path:
         """Fails if the client knows that the repository has a file like these which the cache lacks."""
-        return Path(snapshot_download(repo_id, revision=revision, local_files_only=True, allow_patterns=patterns))
+        options = access.client_options()
+        return Path(snapshot_download(repo_id, local_files_only=True, allow_patterns=patterns, **options))
 
-    folder = find([_MODEL_INDEX])
-    names = _wanted((path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()), skip)
-    needed = needed_files(repo_id, names)
+    folder = find([_MODEL_INDEX if access.folder is None else str(PurePosixPath(access.folder, "config.json"))])
+    names = _wanted((path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()), access.skip)
+    needed = needed_files(repo_id, names, access.folder)
     parents = {PurePosixPath(name).parent for name in needed if name != _MODEL_INDEX}
     find([str(parent / file) for parent in parents for file in _SMALL_FILES])
-    if _MODEL_INDEX in names:
+    if access.folder is None and _MODEL_INDEX in names:
         index = parse_json_object(folder / _MODEL_INDEX, (folder / _MODEL_INDEX).read_bytes())
         named = [key for key, value in index.items() if _COMPONENT.fullmatch(key) and value != [None, None]]
-        absent = [key for key in named if key not in skip and PurePosixPath(key) not in parents]
+        absent = [key for key in named if key not in access.skip and PurePosixPath(key) not in parents]
         if absent:
             raise CheckpointError(
                 f"{repo_id}: expected {', '.join(absent)} in the cache, found an incomplete download. Fetch"

@@ -6,10 +6,10 @@ import contextlib
 import dataclasses
 import os
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from clip_jax.convert.hub import fetch
+from clip_jax.convert.hub import Access, fetch
 from clip_jax.errors import CheckpointError
 
 #: A folder, a file of weights or a Hub repo id; or several files that make up a family.
@@ -32,33 +32,16 @@ class Resolved:
     name: str
 
 
-def resolve_all(
-    sources: SourceLike,
-    *,
-    revision: str | None = None,
-    local_files_only: bool = False,
-    skip: Collection[str] = (),
-    progress: bool | None = None,
-) -> list[Resolved]:
+def resolve_all(sources: SourceLike, access: Access, *, progress: bool | None = None) -> list[Resolved]:
     """`resolve` for one source or several, as they come."""
     listed = [sources] if isinstance(sources, str | os.PathLike) else list(sources)
     if not listed:
         raise CheckpointError(f"No source; expected {_EXPECTED}.")
-    return [
-        resolve(source, revision=revision, local_files_only=local_files_only, skip=skip, progress=progress)
-        for source in listed
-    ]
+    return [resolve(source, access, progress=progress) for source in listed]
 
 
-def resolve(
-    source: str | os.PathLike[str],
-    *,
-    revision: str | None = None,
-    local_files_only: bool = False,
-    skip: Collection[str] = (),
-    progress: bool | None = None,
-) -> Resolved:
-    """Takes a local path as it is; downloads the text encoders and tokenizers of a Hub repo id, less `skip`.
+def resolve(source: str | os.PathLike[str], access: Access, *, progress: bool | None = None) -> Resolved:
+    """Takes a local path as it is; downloads what `access` wants of a Hub repo id.
 
     Raises:
         CheckpointError: No such path, and not a repo that can be had.
@@ -73,7 +56,7 @@ def resolve(
     if not isinstance(source, str) or not _REPO_ID.fullmatch(source):
         raise CheckpointError(f"{os.fspath(source)!r} does not exist. Expected {_EXPECTED}.")
     try:
-        snapshot = fetch(source, revision=revision, local_files_only=local_files_only, skip=skip, progress=progress)
+        snapshot = fetch(source, access, progress=progress)
     except CheckpointError as error:
         raise CheckpointError(f"{source!r} is not a local path; as a Hub repo: {error}") from error
     return Resolved(snapshot, f"{source}@{snapshot.name}")

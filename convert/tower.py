@@ -7,19 +7,22 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+from jax.sharding import Sharding
 
 from clip_jax.config import ClipTextConfig, TowerConfig
 from clip_jax.convert.hf_keys import KeyMap, map_keys, to_flax
-from clip_jax.convert.layouts import Encoder, Projection
-from clip_jax.convert.source import TensorSource
+from clip_jax.convert.layouts import Encoder, Projection, one_encoder
+from clip_jax.convert.source import TensorSource, open_source
 from clip_jax.convert.state import StateDict, Tensor
 from clip_jax.errors import CheckpointError
 from clip_jax.families import Tower
 from clip_jax.params.cast import cast, param_dtype
 from clip_jax.params.shapes import TensorSpec, param_shapes
-from clip_jax.params.shard import Index
+from clip_jax.params.shard import Index, sharded_array
 from clip_jax.tokenizers import ClipTokenizer, RowTokenizer, read_tokenizer
 
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "spiece.model")
@@ -72,6 +75,34 @@ class ForeignTower:
         array = to_flax(tensor.read(), transposed)
         wanted = _stored_dtype(tensor) if dtype is None else param_dtype(path, dtype)
         return lambda index: np.ascontiguousarray(cast(array[index], wanted, tensor.key))
+
+    def read_params(
+        self,
+        dtype: np.dtype | None,
+        placement: Callable[[str, TensorSpec], Sharding] | None,
+        update: Callable[[int], object],
+    ) -> dict[str, jax.Array]:
+        """Path -> parameter, tensor by tensor.
+
+        Args:
+            dtype: To cast to; None keeps that of `specs`.
+            placement: Where a parameter goes, by its path, and its shape and dtype as stored; None means the default
+                device. Only the parts for devices of this process are read, and cast.
+            update: Called with the number of source bytes that are done since its last call.
+
+        Raises:
+            CheckpointError: float16 cannot hold a value, or two copies of a tensor differ.
+        """
+        self.check_twins()
+        leaves = {}
+        for path, spec in self.specs().items():
+            if placement is None:
+                # A copy: on a CPU, device_put would take an aligned view of the file as it is.
+                leaves[path] = jnp.array(self.read(path, dtype))
+            else:
+                leaves[path] = sharded_array(spec.shape, placement(path, spec), self.reader(path, dtype))
+            update(spec.nbytes)
+        return leaves
 
     def check_twins(self) -> None:
         """Compares tensors of which the source has two copies.
@@ -127,9 +158,7 @@ def open_tower(
         CheckpointError: The tensors are not those of the architecture, or `text_projection` is a dummy.
     """
     source_blocks = None
-    if encoder.kind != ("clip" if isinstance(config, ClipTextConfig) else "t5"):
-        found = {"clip": "a CLIP text model", "t5": "a T5 encoder"}[encoder.kind]
-        raise CheckpointError(f"{where}: its config and its weights are of two models; found the tensors of {found}.")
+    _check_kind(encoder, config, where)
     if isinstance(config, ClipTextConfig) and isinstance(tower.config, ClipTextConfig):
         if whole:
             source_blocks = config.num_hidden_layers
@@ -137,24 +166,58 @@ def open_tower(
             config = dataclasses.replace(config, num_hidden_layers=kept)
         if tower.config.projection_dim is None:
             config = dataclasses.replace(config, projection_dim=None)
-        elif config.projection_dim is not None and _PROJECTION in encoder.state:
-            encoder, config = _check_projection(tower, encoder, config, where, projection)
+        elif config.projection_dim is not None:
+            encoder, config = _check_projection(encoder, config, where, projection)
         if tower.config.projection_dim is not None and config.projection_dim is None and not tower.identity_projection:
             raise CheckpointError(
                 f"{where}: {tower.name} has no text_projection, without which there is no pooled embedding. Take a "
                 f"checkpoint that has it; it is never made up."
             )
-    what = where if encoder.layout == "transformers" else f"{where} ({encoder.layout} names, as those of transformers)"
-    key_map = map_keys(encoder.state, config, what, source_blocks=source_blocks)
+    key_map = map_keys(encoder.state, config, _what(encoder, where), source_blocks=source_blocks)
     return ForeignTower(config, encoder, source, key_map, tokenizer_folder, tower.pad_token)
 
 
+def open_alone(folder: Path, config: TowerConfig) -> ForeignTower:
+    """Pairs the parameters of one architecture with the weights in a folder; no family, and no tokenizer.
+
+    Args:
+        folder: With weights of the usual names (`source.WEIGHTS`).
+        config: The architecture; without projection, that of the weights is left aside.
+
+    Raises:
+        CheckpointError: There are none, or their tensors are not those of the architecture.
+    """
+    where = str(folder)
+    source = open_source(folder)
+    encoder = one_encoder(source.state, where, "auto", source.metadata)
+    _check_kind(encoder, config, where)
+    if isinstance(config, ClipTextConfig) and config.projection_dim is not None:
+        encoder, _ = _check_projection(encoder, config, where, "auto")
+        if _PROJECTION not in encoder.state:
+            raise CheckpointError(
+                f"{where} has no text_projection, which the class with projection needs; it is never made up. Take "
+                f"the class without, or a checkpoint that has it."
+            )
+    return ForeignTower(config, encoder, source, map_keys(encoder.state, config, _what(encoder, where)), None, "")
+
+
+def _what(encoder: Encoder, where: str) -> str:
+    """The source, for messages about names of tensors."""
+    return where if encoder.layout == "transformers" else f"{where} ({encoder.layout} names, as those of transformers)"
+
+
+def _check_kind(encoder: Encoder, config: TowerConfig, where: str) -> None:
+    if encoder.kind != ("clip" if isinstance(config, ClipTextConfig) else "t5"):
+        found = {"clip": "a CLIP text model", "t5": "a T5 encoder"}[encoder.kind]
+        raise CheckpointError(f"{where}: its config and its weights are of two models; found the tensors of {found}.")
+
+
 def _check_projection(
-    tower: Tower, encoder: Encoder, config: ClipTextConfig, where: str, projection: Projection
+    encoder: Encoder, config: ClipTextConfig, where: str, projection: Projection
 ) -> tuple[Encoder, ClipTextConfig]:
     """Leaves out a projection that is a dummy, and warns of one that looks like its own transpose."""
-    tensor = encoder.state[_PROJECTION]
-    if len(tensor.shape) != 2 or 0 in tensor.shape or projection != "auto":
+    tensor = encoder.state.get(_PROJECTION)
+    if tensor is None or len(tensor.shape) != 2 or 0 in tensor.shape or projection != "auto":
         return encoder, config
     kernel = tensor.read().T  # [D, P]
     if np.all(kernel[0] == 1) and np.all(kernel == 1):
@@ -166,7 +229,7 @@ def _check_projection(
         )
         rest = {name: other for name, other in encoder.state.items() if name != _PROJECTION}
         return dataclasses.replace(encoder, state=rest), dataclasses.replace(config, projection_dim=None)
-    if tower.name == "clip_g" and _is_big_g(kernel.T) and not _is_big_g(kernel):
+    if _is_big_g(kernel.T) and not _is_big_g(kernel):
         warnings.warn(
             f"{where}: {tensor.key} looks like SDXL's projection transposed, as one of kohya's scripts leaves it. It "
             f"is read by its name; pass {_SWITCH} if the images are wrong.",

@@ -26,6 +26,7 @@ class HubServer:
         status: Answer everything with this HTTP status.
         cuts: Path of a file -> how many more times to close the connection in the middle of it.
         requests: What was asked for, as "METHOD /path" in order.
+        tokens: The `Authorization` that came with each of these.
     """
 
     def __init__(self) -> None:
@@ -34,6 +35,7 @@ class HubServer:
         self.status: int | None = None
         self.cuts: Counter[str] = Counter()
         self.requests: list[str] = []
+        self.tokens: list[str | None] = []
         self._http = _Http(("127.0.0.1", 0), self._handler())
         self.endpoint = f"http://127.0.0.1:{self._http.server_port}"
         self._thread = threading.Thread(target=self._http.serve_forever, kwargs={"poll_interval": 0.01})
@@ -70,6 +72,7 @@ class HubServer:
             def do_GET(self) -> None:
                 path = unquote(urlsplit(self.path).path)
                 hub.requests.append(f"{self.command} {path}")
+                hub.tokens.append(self.headers.get("Authorization"))
                 api = re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+))?", path)
                 file = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
                 if hub.status is not None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from clip_jax.convert.hub import fetch, needed_files
+from clip_jax.convert.hub import Access, fetch, needed_files
 from clip_jax.convert.source import WEIGHTS
 from clip_jax.errors import CheckpointError
 
@@ -115,6 +115,38 @@ def test_a_repo_that_is_no_pipeline(hub):
     assert fetch("openai/clip") == folder
 
 
+def test_one_folder_of_a_pipeline(pipe):
+    """As `from_pretrained(repo, subfolder="text_encoder_2")` wants it: neither the pipeline's index nor tokenizers."""
+    wanted = Access(folder="text_encoder_2")
+    folder = fetch(REPO, wanted)
+
+    expected = {name: file for name, file in NEEDED.items() if name.startswith("text_encoder_2/")}
+    assert content(folder) == expected
+    assert pipe.downloads() == sorted(expected)
+    pipe.stop()
+    assert fetch(REPO, wanted) == folder
+    assert fetch(REPO, Access(folder="text_encoder_2", local_files_only=True)) == folder
+    with pytest.raises(CheckpointError, match="is not whole in the cache"):
+        fetch(REPO, Access(folder="text_encoder", local_files_only=True))
+
+
+def test_a_folder_that_is_not_there(pipe):
+    with pytest.raises(CheckpointError, match="expected a folder text_encoder_9, found .*text_encoder, text_encoder/"):
+        fetch(REPO, Access(folder="text_encoder_9"))
+    with pytest.raises(CheckpointError, match=r"owner/pipe/unet: expected model.safetensors .*diffusion_pytorch_model"):
+        fetch(REPO, Access(folder="unet"))
+
+
+def test_the_token_and_the_place_for_downloads_are_passed_on(pipe, tmp_path):
+    folder = fetch(REPO, Access(folder="text_encoder", token="hf_secret", cache_dir=tmp_path / "elsewhere"))
+
+    assert folder.is_relative_to(tmp_path / "elsewhere")
+    assert set(pipe.tokens) == {"Bearer hf_secret"}
+    pipe.tokens.clear()
+    fetch(REPO, Access(folder="text_encoder", token=False))
+    assert set(pipe.tokens) == {None}
+
+
 def test_of_several_weights_the_best_is_taken():
     folder = {f"text_encoder/{name}" for name in WEIGHTS}
     for name in WEIGHTS:
@@ -127,7 +159,7 @@ def test_without_the_hub_the_cache_is_used(pipe, caplog):
     folder = fetch(REPO)
     pipe.stop()
 
-    assert fetch(REPO, local_files_only=True) == folder
+    assert fetch(REPO, Access(local_files_only=True)) == folder
     assert not caplog.records
     with caplog.at_level(logging.WARNING, "clip_jax"):
         assert fetch(REPO) == folder
@@ -139,7 +171,7 @@ def test_local_files_only_asks_nothing(pipe):
     fetch(REPO)
     pipe.requests.clear()
 
-    fetch(REPO, local_files_only=True)
+    fetch(REPO, Access(local_files_only=True))
 
     assert pipe.requests == []
 
@@ -162,7 +194,7 @@ def test_offline_mode_without_a_copy(pipe, monkeypatch):
 
 def test_local_files_only_without_a_copy(pipe):
     with pytest.raises(CheckpointError, match=r"owner/pipe: is not in the cache. Fetch it once without"):
-        fetch(REPO, local_files_only=True)
+        fetch(REPO, Access(local_files_only=True))
 
 
 def test_a_revision_is_pinned(pipe):
@@ -170,13 +202,13 @@ def test_a_revision_is_pinned(pipe):
     del old["text_encoder/model.safetensors"]
     pipe.repos[REPO]["v1"] = old
     for revision in ("v1", pipe.commit(REPO, "v1")):
-        folder = fetch(REPO, revision=revision)
+        folder = fetch(REPO, Access(revision=revision))
         assert content(folder) == old
         assert folder.name == pipe.commit(REPO, "v1")
     new = fetch(REPO)
     pipe.stop()
 
-    assert fetch(REPO, revision="v1") == folder
+    assert fetch(REPO, Access(revision="v1")) == folder
     assert fetch(REPO) == new != folder
 
 
@@ -201,7 +233,7 @@ def test_no_such_revision(pipe):
     fetch(REPO)  # a copy of another revision is no help
 
     with pytest.raises(CheckpointError, match=r"owner/pipe: has no revision 'v9'. Check the branch"):
-        fetch(REPO, revision="v9")
+        fetch(REPO, Access(revision="v9"))
 
 
 def test_a_gated_repo(pipe):
@@ -300,7 +332,7 @@ def test_a_download_that_breaks_off_leaves_nothing_wrong(pipe, monkeypatch, path
     with pytest.raises(CheckpointError, match=r"owner/pipe: the Hub cannot be reached. .*RemoteProtocolError"):
         fetch(REPO)
     with pytest.raises(CheckpointError, match="owner/pipe"):
-        fetch(REPO, local_files_only=True)
+        fetch(REPO, Access(local_files_only=True))
     pipe.cuts.clear()
     assert content(fetch(REPO)) == NEEDED
 
@@ -333,7 +365,7 @@ def test_a_copy_that_is_not_whole(pipe, gone, message):
     remove(fetch(REPO), gone)
 
     with pytest.raises(CheckpointError, match=message):
-        fetch(REPO, local_files_only=True)
+        fetch(REPO, Access(local_files_only=True))
     assert content(fetch(REPO)) == NEEDED
     remove(fetch(REPO), gone)
     pipe.stop()
