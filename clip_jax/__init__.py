@@ -49,10 +49,15 @@ _HOMES = {
     "time_ids": "families",
 }
 
-__all__ = ["__version__", *_HOMES]
+# Rooms with names of their own.
+_ROOMS = ("compat", "convert", "nnx")
+
+__all__ = ["__version__", *_HOMES, *_ROOMS]
 
 
 def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return import_module(f"{__name__}.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = globals()[name] = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

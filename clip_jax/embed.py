@@ -48,6 +48,9 @@ def text_embeddings(
     The ids of both are stacked to [2, B, L] and every tower is vmapped over them. What comes out is what the
     `encode_prompt` of the family's diffusers pipeline yields, unconditional rows first.
 
+    Under `nn.intercept_methods` (a LoRA) use `TextEncoder`, or `text_embeddings.__wrapped__` within a `jit` of your
+    own: this `jit`, like any other, takes no notice of interceptors once it has traced without them.
+
     Args:
         params: One entry per tower of the family, e.g. `{"clip_l": ...}`.
         tokens: Token ids [B, L] of every tower; without `uncond` there is no guidance, with `zero_uncond` the

@@ -18,6 +18,7 @@ from clip_jax.config import ClipTextConfig, TowerConfig
 from clip_jax.embed import Params, text_embeddings
 from clip_jax.errors import ClipJaxError
 from clip_jax.families import FAMILIES, Family, Tower
+from clip_jax.models import intercepted
 from clip_jax.params.cast import float_dtype
 from clip_jax.params.checkpoint import CheckpointMetadata, write_checkpoint
 from clip_jax.params.shapes import flatten, layer_groups
@@ -206,7 +207,8 @@ class TextEncoder:
             tokens = jax.tree.map(lambda ids: _pad_rows(ids, bucket), tokens)
         if self.batch_sharding is not None:
             tokens = jax.tree.map(lambda ids: sharded_rows(ids, self.batch_sharding), tokens)
-        out = text_embeddings(
+        function = text_embeddings.__wrapped__ if intercepted() else text_embeddings
+        out = function(
             self.params,
             tokens,
             family=self.family,

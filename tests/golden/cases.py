@@ -31,3 +31,7 @@ FAMILY_SLICE = {
     "prompt_embeds": (slice(None), slice(0, None, 12), slice(0, None, 5)),
     "pooled_prompt_embeds": (slice(None), slice(None)),
 }
+
+#: Which of the calls of `tests/oracle/cases.py` is kept, and which rows and columns of its outputs [B, L, D] or [B, D].
+COMPAT_CALL = "mask"
+COMPAT_SLICE = (slice(None), slice(0, None, 3), slice(0, None, 5))

@@ -17,13 +17,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import clip_jax
 import clip_jax.encoder
+from clip_jax.compat import FlaxCLIPTextModel, FlaxT5EncoderModel
 from clip_jax.convert.foreign import ForeignCheckpoint, open_foreign
 from clip_jax.convert.tower import ForeignTower
-from clip_jax.models import T5Encoder
 from clip_jax.params import checkpoint as ckpt
 from clip_jax.params.shapes import flatten, unflatten
 from clip_jax.params.shard import Index, device_bytes, param_shardings, placed_by, sharded_array
-from tests.sharding.small import PROMPTS, T5, bytes_by_device, collectives, encode, largest_error, same_parts
+from tests.sharding.small import CLIP, PROMPTS, T5, bytes_by_device, collectives, encode, largest_error, same_parts
 
 jax.config.update("jax_default_matmul_precision", "float32")
 
@@ -68,7 +68,7 @@ def main(sources: Path) -> None:
     results["one prompt"] = {"error": largest_error(one, reference(sources / "sd15.npz", 1))}
     results["saved"] = saved(encoders["flux, both"], whole["flux"], sources / "saved")
     results["low"] = low(sources, whole["flux"])
-    results["linen"] = linen(whole["flux"]["t5"])
+    results["compat"] = compat(sources / "flux", whole["flux"])
     results["reads"] = reads(open_foreign([sources / "sdxl"]))
     results["controls"] = controls(encoders["flux, both"], programs)
     results["copies"] = copies()
@@ -129,19 +129,27 @@ def low(sources: Path, whole: Any) -> dict[str, Any]:
     }
 
 
-def linen(params: Any) -> dict[str, Any]:
-    """A pipeline that shards the module by its own rules, and calls it in its own jit."""
+def compat(source: Path, whole: Any) -> dict[str, Any]:
+    """A pipeline that shards the drop-in classes by its own rules: read straight to their parts, and called."""
     mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(2, 4), ("fsdp", "tensor"))
-    model, ids = T5Encoder(T5), jnp.arange(24, dtype=jnp.int32).reshape(2, 12)
-    abstract = jax.eval_shape(model.init, jax.random.key(0), ids)
     rules = (("embed", "fsdp"), ("heads", "tensor"), ("mlp", "tensor"))
-    shardings = nn.logical_to_mesh_sharding(nn.get_partition_spec(abstract), mesh, rules)["params"]
-    split = jax.device_put(params, shardings)
-    run = jax.jit(lambda params: model.apply({"params": params}, ids).last_hidden_state)
-    return {
-        "error": float(np.abs(np.asarray(run(split)) - np.asarray(run(params))).max()),
-        "bytes": bytes_by_device(split),
-    }
+    ids = np.arange(24).reshape(2, 12)
+    found: dict[str, Any] = {}
+    for tower, cls, config, folder in (
+        ("clip_l", FlaxCLIPTextModel, CLIP, "text_encoder"),
+        ("t5", FlaxT5EncoderModel, T5, "text_encoder_2"),
+    ):
+        model = cls(config, _do_init=False)
+        abstract = model.init_weights(jax.random.key(0), (2, 12), eval_only=True)
+        shardings = nn.logical_to_mesh_sharding(nn.get_partition_spec(abstract), mesh, rules)
+        split = cls.from_pretrained(source, subfolder=folder, shardings=shardings)
+        wanted = model(ids, params=whole[tower])
+        found[tower] = {
+            "error": float(np.abs(np.asarray(split(ids)[0]) - np.asarray(wanted[0])).max()),
+            "bytes": bytes_by_device(split.params),
+            "same params": same_parts(split.params, whole[tower]),
+        }
+    return found
 
 
 def reads(opened: ForeignCheckpoint) -> dict[str, Any]:

@@ -1,0 +1,86 @@
+"""The configuration that a model shows: the fields of a `config.json`, as attributes."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from clip_jax.config import ClipTextConfig, TowerConfig, config_from_hf
+from clip_jax.errors import ConfigError
+
+_RUN_TIME = {"output_attentions": False, "output_hidden_states": False, "return_dict": True}
+
+
+class HfConfig:
+    """The part of transformers' `PretrainedConfig` that pipelines use, without transformers.
+
+    Fields are attributes and may be set; those of `config.json` that are not ours are kept.
+    """
+
+    def __init__(self, **fields: Any) -> None:
+        self.__dict__.update(_RUN_TIME | fields)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, copied."""
+        return copy.deepcopy(self.__dict__)
+
+    def to_json_string(self, use_diff: bool = True) -> str:  # noqa: ARG002
+        """All fields as JSON; the argument of transformers makes no difference here."""
+        return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
+        """Writes `config.json`."""
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        Path(save_directory, "config.json").write_text(self.to_json_string())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, HfConfig) and self.__dict__ == other.__dict__
+
+    def __repr__(self) -> str:
+        return f"HfConfig {self.to_json_string()}"
+
+
+def shown_config(config: Any, tower: TowerConfig) -> Any:
+    """What `model.config` is: a config object of transformers as it was passed, anything else with all fields."""
+    if hasattr(config, "to_json_string"):
+        return config
+    fields = dict(config) if isinstance(config, Mapping) else {}
+    if fields.get("model_type") == "clip":  # a whole CLIPModel: its text half, and the width of its projection
+        whole = fields
+        fields = dict(whole.get("text_config") or {}) | (whole.get("text_config_dict") or {})
+        fields |= {name: whole[name] for name in ("projection_dim",) if name in whole}
+    ours = tower.to_hf()
+    return HfConfig(**(ours | fields | {"model_type": ours["model_type"]}))
+
+
+def tower_config(config: Any, architecture: str) -> TowerConfig:
+    """Our own configuration, from one of transformers 4 or 5, one of ours, or the dict of a `config.json`.
+
+    Args:
+        config: Any of these.
+        architecture: The class to read it for: "CLIPTextModel" has no projection, whatever the config says of its
+            width, "CLIPTextModelWithProjection" has one.
+
+    Raises:
+        ConfigError: None of these, of another kind of model, or not to be honoured.
+    """
+    model_type = "t5" if architecture == "T5EncoderModel" else "clip_text_model"
+    if isinstance(config, TowerConfig):
+        config = config.to_hf()
+    elif hasattr(config, "to_dict"):
+        config = config.to_dict()
+    if not isinstance(config, Mapping):
+        raise ConfigError(
+            f"Expected a config of transformers or of clip_jax, or a dict, found {type(config).__name__}."
+        )
+    fields = {"model_type": model_type, **config, "architectures": [architecture]}
+    read = config_from_hf(fields)
+    if read.to_hf()["model_type"] != model_type:
+        raise ConfigError(f"Flax{architecture} is made from a {model_type!r}, found {fields['model_type']!r}.")
+    if isinstance(read, ClipTextConfig) and architecture == "CLIPTextModel":
+        return ClipTextConfig(**{**vars(read), "projection_dim": None})
+    return read

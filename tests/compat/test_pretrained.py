@@ -1,0 +1,150 @@
+"""`from_pretrained` and `save_pretrained`: folders, repos, shardings, and what is refused."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
+
+import clip_jax
+from clip_jax import CheckpointError, ClipJaxError, ConfigError
+from clip_jax.compat import CLIPTextEncoder, FlaxCLIPTextModel, FlaxCLIPTextModelWithProjection, FlaxT5EncoderModel
+from clip_jax.params.shapes import flatten
+from tests.checkpoints import digests
+from tests.compat.conftest import IDS, SMALL, SMALL_PROJECTED
+
+
+def same(found, wanted):
+    found, wanted = flatten(found), flatten(wanted)
+    assert found.keys() == wanted.keys()
+    for path, leaf in wanted.items():
+        assert found[path].dtype == leaf.dtype
+        np.testing.assert_array_equal(found[path], leaf, err_msg=path)
+
+
+@pytest.mark.parametrize("name", ["clip", "projected", "t5"])
+def test_what_is_saved_is_read_again(name, request, tmp_path):
+    model = request.getfixturevalue(name)
+    (tmp_path / "notes.txt").write_text("mine")
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    same(again.params, model.params)
+    assert again.module == model.module
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "model.safetensors", "notes.txt"}
+    assert json.loads((tmp_path / "config.json").read_text())["architectures"] == [model.architecture]
+
+
+def test_what_is_saved_is_read_by_load(clip, tmp_path, monkeypatch):
+    from tests.checkpoints import load_as_sd15
+
+    low = clip.to_bf16(clip.params)
+    clip.save_pretrained(tmp_path, params=low)
+    same(load_as_sd15(tmp_path, SMALL).params["clip_l"], clip.to_fp32(low))
+
+
+def test_saving_refuses_what_it_cannot_do_and_keeps_what_is_there(clip, tmp_path):
+    clip.save_pretrained(tmp_path)
+    before = digests(tmp_path)
+    with pytest.raises(ClipJaxError, match="upload_folder"):
+        clip.save_pretrained(tmp_path, push_to_hub=True)
+    with pytest.raises(ClipJaxError, match="Only safetensors"):
+        clip.save_pretrained(tmp_path, safe_serialization=False)
+    with pytest.raises(CheckpointError, match="What is to be saved does not match"):
+        clip.save_pretrained(tmp_path, params={"text_model": {}})
+    with pytest.raises(CheckpointError, match="safetensors has no dtype int4. Cast the params"):
+        clip.save_pretrained(tmp_path, params=jax.tree.map(lambda leaf: leaf.astype("int4"), clip.params))
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        clip.save_pretrained(tmp_path / "config.json" / "below")
+    assert digests(tmp_path) == before
+
+
+def test_the_arguments_of_old_are_taken(pipeline):
+    model = FlaxCLIPTextModel.from_pretrained(
+        str(pipeline),
+        dtype="bfloat16",
+        subfolder="text_encoder",
+        from_pt=True,
+        use_safetensors=True,
+        resume_download=False,
+        revision="main",
+        local_files_only=False,
+        use_auth_token=None,
+        cache_dir=None,
+        seed=1,
+        input_shape=(1, 77),
+    )
+    assert model.input_shape == (1, 77)
+    with pytest.raises(ClipJaxError, match="has no argument 'output_hidden_state', and its config no such field"):
+        FlaxCLIPTextModel.from_pretrained(pipeline, subfolder="text_encoder", output_hidden_state=True)
+
+
+def test_a_config_may_be_given(pipeline, clip, tmp_path):
+    shutil.copy(pipeline / "text_encoder" / "model.safetensors", tmp_path)
+    with pytest.raises(CheckpointError, match=r"has no config.json, found model.safetensors. Name .* subfolder="):
+        FlaxCLIPTextModel.from_pretrained(tmp_path)
+    same(FlaxCLIPTextModel.from_pretrained(tmp_path, config=SMALL).params, clip.params)
+
+
+def test_a_projection_is_left_aside_but_never_made_up(pipeline, projected):
+    plain = FlaxCLIPTextModel.from_pretrained(pipeline, subfolder="text_encoder_2")
+    same(plain.params["text_model"], projected.params["text_model"])
+    assert "text_projection" not in plain.params
+    with pytest.raises(CheckpointError, match="has no text_projection, .* it is never made up"):
+        FlaxCLIPTextModelWithProjection.from_pretrained(pipeline, subfolder="text_encoder", config=SMALL_PROJECTED)
+
+
+def test_other_sources_are_refused(pipeline, tmp_path):
+    with pytest.raises(ConfigError, match="text_encoder_3: .*made from a 'clip_text_model', found 't5'"):
+        FlaxCLIPTextModel.from_pretrained(pipeline, subfolder="text_encoder_3")
+    with pytest.raises(CheckpointError, match="text_encoder_4 is no folder"):
+        FlaxCLIPTextModel.from_pretrained(pipeline, subfolder="text_encoder_4")
+    with pytest.raises(CheckpointError, match="does not exist"):
+        FlaxCLIPTextModel.from_pretrained(tmp_path / "nowhere")
+    shutil.copytree(pipeline / "text_encoder_3", tmp_path / "mixed")
+    shutil.copy(pipeline / "text_encoder" / "model.safetensors", tmp_path / "mixed")
+    with pytest.raises(CheckpointError, match="its config and its weights are of two models"):
+        FlaxT5EncoderModel.from_pretrained(tmp_path / "mixed")
+
+
+def test_params_go_where_shardings_say(pipeline, clip):
+    device = SingleDeviceSharding(jax.devices()[0])
+    mesh = NamedSharding(jax.sharding.Mesh(jax.devices()[:1], "x"), PartitionSpec())
+    tree = jax.tree.map(lambda leaf: mesh if leaf.ndim == 2 else device, clip.params)
+    asked = []
+
+    def place(path, leaf):
+        asked.append((path, leaf.shape, leaf.dtype))
+        return mesh
+
+    for shardings, expected in ((mesh, {mesh}), (tree, {mesh, device}), (place, {mesh})):
+        model = FlaxCLIPTextModel.from_pretrained(pipeline, subfolder="text_encoder", shardings=shardings)
+        assert {leaf.sharding for leaf in jax.tree.leaves(model.params)} == expected
+        same(model.params, clip.params)
+    assert asked == [(path, leaf.shape, leaf.dtype) for path, leaf in flatten(clip.params).items()]
+
+
+def test_shardings_that_do_not_fit_are_refused(pipeline, clip):
+    device = SingleDeviceSharding(jax.devices()[0])
+    with pytest.raises(ClipJaxError, match="found none for 36 params, such as text_model/"):
+        FlaxCLIPTextModel.from_pretrained(pipeline, subfolder="text_encoder", shardings={"a": device})
+    with pytest.raises(ClipJaxError, match="found other leaves"):
+        FlaxCLIPTextModel.from_pretrained(pipeline, subfolder="text_encoder", shardings=clip.params)
+
+
+def test_callables_take_ids_and_return_arrays(pipeline, clip):
+    encoder = CLIPTextEncoder.from_pretrained(str(pipeline), "bfloat16", subfolder="text_encoder")
+    out = encoder(IDS)
+    assert (out.shape, out.dtype.name) == ((2, 32), "bfloat16")
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(encoder.params)} == {"bfloat16"}
+    mesh = NamedSharding(jax.sharding.Mesh(jax.devices()[:1], "x"), PartitionSpec())
+    encoder.place_params(mesh)
+    assert {leaf.sharding for leaf in jax.tree.leaves(encoder.params)} == {mesh}
+    np.testing.assert_array_equal(encoder(IDS), out)
+    encoder.offload_params()
+    assert {leaf.sharding for leaf in jax.tree.leaves(encoder.params)} == {SingleDeviceSharding(jax.devices("cpu")[0])}
+    np.testing.assert_allclose(out.astype("float32"), clip(IDS).pooler_output, atol=0.05)
+    assert clip_jax.compat.T5TextEncoder.from_pretrained(str(pipeline), subfolder="text_encoder_3")(
+        IDS % 9000, np.ones_like(IDS)
+    ).shape == (2, 9, 104)

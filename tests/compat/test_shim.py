@@ -1,0 +1,62 @@
+"""`install` puts the classes on `transformers`; the real one is for tests/parity."""
+
+import sys
+import types
+
+import pytest
+
+import clip_jax.compat
+from clip_jax import ClipJaxError
+from clip_jax.compat import FlaxCLIPTextModel, FlaxPreTrainedModel, install, uninstall
+
+NAMES = (
+    "FlaxPreTrainedModel",
+    "FlaxCLIPTextPreTrainedModel",
+    "FlaxCLIPTextModel",
+    "FlaxCLIPTextModelWithProjection",
+    "FlaxT5EncoderModel",
+)
+
+
+@pytest.fixture
+def transformers(monkeypatch):
+    """A stand-in, in which one of the names is taken, as all are in version 4."""
+    module = types.ModuleType("transformers")
+    module.CLIPTextModel, module.FlaxCLIPTextModel = object(), "of version 4"
+    monkeypatch.setitem(sys.modules, "transformers", module)
+    yield module
+    uninstall()
+
+
+def test_names_come_and_go(transformers):
+    before = dict(vars(transformers))
+    install()
+    install()
+    for name in NAMES:
+        assert getattr(transformers, name) is getattr(clip_jax.compat, name)
+    assert issubclass(transformers.FlaxT5EncoderModel, transformers.FlaxPreTrainedModel)
+    uninstall()
+    assert vars(transformers) == before
+    uninstall()
+    assert vars(transformers) == before
+
+
+def test_classes_are_of_transformers_meanwhile(transformers):
+    """`register_modules` of Flax pipelines writes the first part of it into `model_index.json`."""
+    ours = FlaxCLIPTextModel.__module__
+    install()
+    library, *_, folder, _ = FlaxCLIPTextModel.__module__.split(".")
+    assert (library, folder) == ("transformers", "clip")
+    uninstall()
+    assert FlaxCLIPTextModel.__module__ == ours == "clip_jax.compat.clip"
+    assert FlaxPreTrainedModel.__module__ == "clip_jax.compat.base"
+
+
+def test_nothing_is_put_anywhere_on_import(transformers):
+    assert "FlaxT5EncoderModel" not in vars(transformers)
+
+
+def test_without_transformers_there_is_an_error(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ClipJaxError, match="transformers is not installed"):
+        install()
