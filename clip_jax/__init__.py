@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from clip_jax._version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from clip_jax.compilation import enable_compilation_cache as enable_compilation_cache
     from clip_jax.config import ClipTextConfig as ClipTextConfig
     from clip_jax.config import T5EncoderConfig as T5EncoderConfig
     from clip_jax.embed import text_embeddings as text_embeddings
@@ -42,6 +43,7 @@ _HOMES = {
     "TextEmbeddings": "structs",
     "TextEncoder": "encoder",
     "Tokens": "structs",
+    "enable_compilation_cache": "compilation",
     "info": "loading",
     "load": "loading",
     "load_tokenizers": "loading",

@@ -220,10 +220,13 @@ def _embed(arguments: argparse.Namespace) -> None:
     if arguments.out is not None:
         _check_out(arguments.out, arguments.overwrite)
     prompts = _prompts(arguments)
+    from clip_jax.compilation import enable_compilation_cache
     from clip_jax.loading import load
 
-    model = _one_or_all(arguments.model)
-    encoder = load(model, dtype=arguments.dtype, without=arguments.without, **_reading_options(arguments))
+    enable_compilation_cache()
+    model, options = _one_or_all(arguments.model), _reading_options(arguments)
+    # Each prompt is wanted once: nothing to be remembered, and one program instead of two.
+    encoder = load(model, dtype=arguments.dtype, without=arguments.without, cache_bytes=0, **options)
     start = time.perf_counter()
     tokens = encoder.tokenize(
         prompts,

@@ -85,7 +85,9 @@ def text_embeddings(
         if not jnp.issubdtype(wanted, jnp.floating):
             raise ClipJaxError(f"dtype and compute_dtype must be floating point, found {wanted!r}.")
 
-    layers = {tower.name: _layers(family, tower, clip_skip_negative, clip_skip)[-len(ids) :] for tower in family.towers}
+    layers = {
+        tower.name: layers_taken(family, tower, clip_skip_negative, clip_skip)[-len(ids) :] for tower in family.towers
+    }
     outputs = {
         tower.name: _run(
             tower,
@@ -148,8 +150,12 @@ def _stack(tower: Tower, rows: Sequence[jax.Array]) -> jax.Array:
     return jnp.stack(rows)
 
 
-def _layers(family: Family, tower: Tower, *skips: int | None) -> list[int]:
-    """Which hidden state of `tower` to take for the negative prompts and for the prompts."""
+def layers_taken(family: Family, tower: Tower, *skips: int | None) -> list[int]:
+    """Which hidden state of `tower` to take for the negative prompts and for the prompts.
+
+    Raises:
+        ClipJaxError: The family or the tower has no such layer to skip to.
+    """
     layers = []
     for name, skip in zip(("clip_skip_negative", "clip_skip"), skips, strict=True):
         if skip is not None and all(t.pooled_only or not isinstance(t.config, ClipTextConfig) for t in family.towers):

@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import jax.typing
 import numpy as np
 
+from clip_jax.cache import CACHE_BYTES, EmbeddingCache, Skips, call_key, encode_cached
 from clip_jax.config import ClipTextConfig, TowerConfig
-from clip_jax.embed import Params, text_embeddings
+from clip_jax.embed import Params, layers_taken, text_embeddings
 from clip_jax.errors import ClipJaxError
 from clip_jax.families import FAMILIES, Family, Tower
 from clip_jax.models import intercepted
@@ -51,6 +52,7 @@ class TextEncoder:
         dtype: Of the computation and of the embeddings.
         provenance: Where the weights come from. JSON.
         batch_sharding: Where rows of token ids go if their number divides by the devices; None leaves that to jit.
+        cache: Embeddings of prompts that were encoded before; None if there is none.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class TextEncoder:
         dtype: jax.typing.DTypeLike = jnp.float32,
         provenance: dict[str, Any] | None = None,
         batch_sharding: jax.sharding.NamedSharding | None = None,
+        cache_bytes: int = CACHE_BYTES,
     ) -> None:
         self.family = family
         self.params = params
@@ -69,6 +72,9 @@ class TextEncoder:
         self.dtype = float_dtype(dtype)
         self.provenance = provenance or {}
         self.batch_sharding = batch_sharding
+        if type(cache_bytes) is not int or cache_bytes < 0:
+            raise ClipJaxError(f"cache_bytes must be an int of 0 or more, found {cache_bytes!r}.")
+        self.cache = EmbeddingCache(cache_bytes) if cache_bytes else None
 
     @property
     def config(self) -> dict[str, TowerConfig]:
@@ -118,6 +124,14 @@ class TextEncoder:
             ClipJaxError: Not a str, lists of different lengths, arguments that the family does not take, or
                 float16 overflowed.
         """
+        call = None
+        if self.cache is not None and overflow == "error" and not intercepted():
+            # The same call as before: no tokens are needed to know what it returns.
+            prompts = (prompt, negative_prompt, prompt_2, prompt_3, negative_prompt_2, negative_prompt_3)
+            call = call_key(prompts, guidance, clip_skip, clip_skip_negative, max_sequence_length)
+            generation = self.cache.renew(self._state())
+            if call is not None and (found := self.cache.get(call)) is not None:
+                return found
         tokens = self.tokenize(
             prompt,
             negative_prompt,
@@ -129,11 +143,10 @@ class TextEncoder:
             max_sequence_length=max_sequence_length,
             overflow=overflow,
         )
-        return self.encode(
-            tokens,
-            clip_skip=clip_skip,
-            clip_skip_negative=clip_skip_negative,
-        )
+        out = self.encode(tokens, clip_skip=clip_skip, clip_skip_negative=clip_skip_negative)
+        if self.cache is not None and call is not None:
+            self.cache.put(call, out, generation)
+        return out
 
     def tokenize(
         self,
@@ -190,16 +203,63 @@ class TextEncoder:
         clip_skip: int | None = None,
         clip_skip_negative: int | None = None,
     ) -> TextEmbeddings:
-        """Runs the compiled program over token ids.
+        """Runs the compiled program over token ids, less those whose rows are in the cache.
 
         The batch is padded to one of a few sizes, so that another number of prompts seldom means another
         compilation; rows of the padding are cut off again. Ids of a tower of which only the pooled row is used
         are cut after the end of the text, at one of a few lengths: attention is causal, so that the row stays
         the same.
 
+        Ids on a device are not looked up in the cache, nor is any row where a mesh holds the params.
+
         Raises:
-            ClipJaxError: float16 overflowed.
+            ClipJaxError: float16 overflowed, or there is no such layer to skip to.
         """
+        skips = (clip_skip_negative, clip_skip)
+        for tower in self.family.towers:  # also where nothing is to be computed
+            layers_taken(self.family, tower, *skips)
+        if self.cache is None or self.batch_sharding is not None or intercepted() or not self._on_host(tokens):
+            return self._run(tokens, skips)
+        return encode_cached(self.cache, self.cache.renew(self._state()), tokens, skips, self._run)
+
+    def warmup(
+        self,
+        batch_sizes: Sequence[int] = (1,),
+        *,
+        guidance: bool | None = None,
+        max_sequence_length: int | None = None,
+        clip_skip: int | None = None,
+        clip_skip_negative: int | None = None,
+    ) -> None:
+        """Compiles, and runs once, the programs that calls with so many prompts need; the first of them is fast then.
+
+        With guidance these are the one for new prompts with new negatives, and the one for new prompts whose
+        negatives are in the cache. Programs are kept on disk where a compilation cache is on
+        (`clip_jax.enable_compilation_cache`).
+
+        Args:
+            batch_sizes: Numbers of prompts.
+            guidance: As in a call, and so are the other options.
+            max_sequence_length: L of T5.
+            clip_skip: Layers to leave out for the prompts.
+            clip_skip_negative: Layers to leave out for the negatives.
+
+        Raises:
+            ClipJaxError: Not numbers of prompts, or options that the family does not take.
+        """
+        if not all(type(size) is int and size > 0 for size in batch_sizes):
+            raise ClipJaxError(f"batch_sizes must be positive ints, found {batch_sizes!r}.")
+        skips = (clip_skip_negative, clip_skip)
+        for size in batch_sizes:
+            tokens = self.tokenize([""] * size, guidance=guidance, max_sequence_length=max_sequence_length)
+            programs = [tokens]
+            if tokens.uncond is not None and self.cache is not None:
+                programs.append(dataclasses.replace(tokens, uncond=None))
+            for program in programs:
+                jax.block_until_ready(self._run(program, skips))
+
+    def _run(self, tokens: Tokens, skips: Skips) -> TextEmbeddings:
+        """Encodes ids, in a bucket of batches."""
         batch = max((len(rows) for rows in tokens.cond.values()), default=0)
         bucket = _bucket(batch, _BATCHES)
         tokens = self._without_tails(tokens)
@@ -214,8 +274,8 @@ class TextEncoder:
             family=self.family,
             dtype=self.dtype,
             compute_dtype=self.dtype,
-            clip_skip=clip_skip,
-            clip_skip_negative=clip_skip_negative,
+            clip_skip_negative=skips[0],
+            clip_skip=skips[1],
         )
         if bucket != batch:
             out = _cut_rows(out, batch)
@@ -225,6 +285,20 @@ class TextEncoder:
                 "Load it with dtype='bfloat16' or 'float32'."
             )
         return out
+
+    def _state(self) -> list[object]:
+        """All that embeddings depend on beside prompts and options."""
+        return [*jax.tree.leaves(self.params), *self.tokenizers.values(), self.family, self.dtype]
+
+    def _on_host(self, tokens: Tokens) -> bool:
+        """Whether these are ids of numpy for all towers, as `tokenize` makes them; others are for `_run` to judge."""
+        sides = [side for side in (tokens.uncond, tokens.cond) if side is not None]
+        arrays = [side.get(tower.name) for side in sides for tower in self.family.towers]
+        return all(isinstance(ids, np.ndarray) and ids.ndim == 2 for ids in arrays) and (
+            len({len(ids) for ids in arrays if ids is not None}) == 1
+            and all(len(side) == len(self.family.towers) for side in sides)
+            and not (tokens.zero_uncond and tokens.uncond is not None)
+        )
 
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
         """Writes params, architectures and tokenizers to a folder that `clip_jax.load` reads.

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import jax.typing
 import numpy as np
 
+from clip_jax.cache import CACHE_BYTES
 from clip_jax.config import ClipTextConfig, TowerConfig
 from clip_jax.convert.components import ConfigLike, read_configs
 from clip_jax.convert.detect import family_called, folders_of
@@ -169,6 +170,7 @@ def load(
     local_files_only: bool = False,
     mesh: jax.sharding.Mesh | None = None,
     rules: Rules | None = None,
+    cache_bytes: int = CACHE_BYTES,
     progress: bool | None = None,
 ) -> TextEncoder:
     """Loads the text encoders of a pipeline.
@@ -193,6 +195,7 @@ def load(
             on the default device. Several processes that share a mesh call this alike.
         rules: Which axes of `mesh` the logical axes are split over (`clip_jax.params.shard`); None means
             `DEFAULT_RULES`.
+        cache_bytes: How much memory embeddings of earlier prompts may take (`TextEncoder.cache`); 0 is no cache.
         progress: Whether to show progress bars; None means on a terminal.
 
     Raises:
@@ -220,6 +223,7 @@ def load(
         dtype=dtype,
         provenance=opened.provenance(),
         batch_sharding=rows,
+        cache_bytes=cache_bytes,
     )
 
 

@@ -30,5 +30,5 @@ def tiny_sd21(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def encoder(tiny_sd15: Path) -> clip_jax.TextEncoder:
-    """The small text encoder, loaded."""
-    return clip_jax.load(tiny_sd15, family="sd15")
+    """The small text encoder, loaded; without a cache, so that every call computes."""
+    return clip_jax.load(tiny_sd15, family="sd15", cache_bytes=0)
