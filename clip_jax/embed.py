@@ -85,9 +85,8 @@ def text_embeddings(
         if not jnp.issubdtype(wanted, jnp.floating):
             raise ClipJaxError(f"dtype and compute_dtype must be floating point, found {wanted!r}.")
 
-    layers = {
-        tower.name: layers_taken(family, tower, clip_skip_negative, clip_skip)[-len(ids) :] for tower in family.towers
-    }
+    skips = clip_skip_negative, clip_skip
+    layers = {tower.name: layers_taken(family, tower, *skips)[-len(ids) :] for tower in family.towers}
     outputs = {
         tower.name: _run(
             tower,

@@ -12,7 +12,7 @@ from clip_jax.encoder import TextEncoder
 
 
 def run(code, *arguments, **environment):
-    environment = {**os.environ, **environment}
+    environment = {**os.environ, "JAX_ENABLE_COMPILATION_CACHE": "true", **environment}
     done = subprocess.run(
         [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, env=environment
     )
