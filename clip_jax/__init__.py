@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from clip_jax.errors import ClipJaxError as ClipJaxError
     from clip_jax.errors import ConfigError as ConfigError
     from clip_jax.errors import PromptTooLongError as PromptTooLongError
+    from clip_jax.exported import load_exported as load_exported
     from clip_jax.families import FAMILIES as FAMILIES
     from clip_jax.families import Family as Family
     from clip_jax.families import time_ids as time_ids
@@ -46,6 +47,7 @@ _HOMES = {
     "enable_compilation_cache": "compilation",
     "info": "loading",
     "load": "loading",
+    "load_exported": "exported",
     "load_tokenizers": "loading",
     "text_embeddings": "embed",
     "time_ids": "families",

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,9 @@ import jax.numpy as jnp
 import jax.typing
 import numpy as np
 
+from clip_jax.buckets import BATCHES, bucket_of, cut_rows, pad_rows, without_tails
 from clip_jax.cache import CACHE_BYTES, EmbeddingCache, Skips, call_key, encode_cached
-from clip_jax.config import ClipTextConfig, TowerConfig
+from clip_jax.config import TowerConfig
 from clip_jax.embed import Params, layers_taken, text_embeddings
 from clip_jax.errors import ClipJaxError
 from clip_jax.families import FAMILIES, Family, Tower
@@ -24,13 +24,10 @@ from clip_jax.params.cast import float_dtype
 from clip_jax.params.checkpoint import CheckpointMetadata, write_checkpoint
 from clip_jax.params.shapes import flatten, layer_groups
 from clip_jax.params.shard import sharded_rows
+from clip_jax.program import PLATFORMS, export_programs
 from clip_jax.prompts import Prompts
 from clip_jax.structs import TextEmbeddings, Tokens
 from clip_jax.tokenizers import Overflow, RowTokenizer
-
-# Batch sizes, and lengths of ids that may be cut, that are compiled for; above the last, its multiples.
-_BATCHES = (1, 2, 4, 8, 16, 32)
-_LENGTHS = (8, 16, 32, 48, 77)
 
 # The limit of diffusers' SD 3 and FLUX pipelines (`check_inputs`).
 _MAX_SEQUENCE_LENGTH = 512
@@ -261,14 +258,30 @@ class TextEncoder:
     def _run(self, tokens: Tokens, skips: Skips) -> TextEmbeddings:
         """Encodes ids, in a bucket of batches."""
         batch = max((len(rows) for rows in tokens.cond.values()), default=0)
-        bucket = _bucket(batch, _BATCHES)
-        tokens = self._without_tails(tokens)
+        bucket = bucket_of(batch, BATCHES)
+        tokens = self._trimmed(tokens)
         if bucket != batch:
-            tokens = jax.tree.map(lambda ids: _pad_rows(ids, bucket), tokens)
+            tokens = pad_rows(tokens, bucket)
         if self.batch_sharding is not None:
             tokens = jax.tree.map(lambda ids: sharded_rows(ids, self.batch_sharding), tokens)
+        out = self._compute(tokens, skips)
+        if bucket != batch:
+            out = cut_rows(out, batch)
+        if self.dtype == jnp.float16 and not all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(out)):
+            raise ClipJaxError(
+                "The embeddings overflow float16: this text encoder computes values beyond 65504. "
+                "Load it with dtype='bfloat16' or 'float32'."
+            )
+        return out
+
+    def _trimmed(self, tokens: Tokens) -> Tokens:
+        """Ids on the host, less those that change nothing."""
+        return without_tails(tokens, self.family)
+
+    def _compute(self, tokens: Tokens, skips: Skips) -> TextEmbeddings:
+        """The one program."""
         function = text_embeddings.__wrapped__ if intercepted() else text_embeddings
-        out = function(
+        return function(
             self.params,
             tokens,
             family=self.family,
@@ -277,14 +290,6 @@ class TextEncoder:
             clip_skip_negative=skips[0],
             clip_skip=skips[1],
         )
-        if bucket != batch:
-            out = _cut_rows(out, batch)
-        if self.dtype == jnp.float16 and not all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(out)):
-            raise ClipJaxError(
-                "The embeddings overflow float16: this text encoder computes values beyond 65504. "
-                "Load it with dtype='bfloat16' or 'float32'."
-            )
-        return out
 
     def _state(self) -> list[object]:
         """All that embeddings depend on beside prompts and options."""
@@ -306,6 +311,45 @@ class TextEncoder:
         Raises:
             CheckpointError: The folder exists.
         """
+        self._save(path, overwrite)
+
+    def export(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        max_sequence_length: int | None = None,
+        clip_skip: int | None = None,
+        clip_skip_negative: int | None = None,
+        platforms: Sequence[str] = PLATFORMS,
+        overwrite: bool = False,
+    ) -> None:
+        """Writes what `save` does, and beside it the computation as StableHLO, for `clip_jax.load_exported`.
+
+        Programs are made by `jax.export`, one for prompts with negatives and one for prompts alone, for any number of
+        them. They run without the modules of this package, in this version of JAX and, for half a year at least, in
+        later ones (JAX' promise of compatibility). `clip_jax.load` reads the folder too.
+
+        Args:
+            path: The folder to make.
+            max_sequence_length: L of T5, which is fixed; None means the family's default.
+            clip_skip: Layers to leave out for the prompts; fixed.
+            clip_skip_negative: Layers to leave out for the negatives; fixed.
+            platforms: Where the programs are to run.
+            overwrite: Whether a checkpoint that is there may be replaced.
+
+        Raises:
+            CheckpointError: The folder exists.
+            ClipJaxError: Options that the family does not take, a platform that JAX does not know, or params on a mesh.
+        """
+        if self.batch_sharding is not None:
+            raise ClipJaxError("Params on a mesh are not exported: programs would be made for it. Load without mesh=.")
+        self._check_arguments(max_sequence_length)
+        skips = (clip_skip_negative, clip_skip)
+        example = self.tokenize("", guidance=True, max_sequence_length=max_sequence_length)
+        programs = export_programs(self.params, example, self.family, self.dtype, skips, platforms)
+        self._save(path, overwrite, extra=programs.write)
+
+    def _save(self, path: str | os.PathLike[str], overwrite: bool, extra: Callable[[Path], None] | None = None) -> None:
         write_checkpoint(
             Path(path),
             (
@@ -320,6 +364,7 @@ class TextEncoder:
                 zero_negative=self.family.zero_negative,
             ),
             tokenizers=self.tokenizers,
+            extra=extra,
             overwrite=overwrite,
         )
 
@@ -358,18 +403,6 @@ class TextEncoder:
         ends = np.cumsum([len(side.texts) for side in sides])[:-1]
         return [np.broadcast_to(rows, (batch, rows.shape[1])).copy() for rows in np.split(ids, ends)]
 
-    def _without_tails(self, tokens: Tokens) -> Tokens:
-        sides = [side for side in (tokens.uncond, tokens.cond) if side is not None]
-        for tower in self.family.towers:
-            if not isinstance(tower.config, ClipTextConfig) or not all(tower.name in side for side in sides):
-                continue  # that a tower's ids are missing is for `text_embeddings` to say
-            if tower.pooled_only:
-                ends = [np.argmax(side[tower.name] == tower.config.eos_token_id, axis=-1) for side in sides]
-                length = _bucket(max(int(end.max()) for end in ends) + 1, _LENGTHS)
-                sides = [{**side, tower.name: side[tower.name][:, :length]} for side in sides]
-        *uncond, cond = sides
-        return dataclasses.replace(tokens, cond=cond, uncond=uncond[0] if uncond else None)
-
 
 def _by_argument(prefix: str, first: str | Sequence[str], *others: str | Sequence[str] | None) -> dict[str, Prompts]:
     """Argument name -> prompts; others that are absent or empty are the first, as in diffusers."""
@@ -381,27 +414,3 @@ def _by_argument(prefix: str, first: str | Sequence[str], *others: str | Sequenc
         else:
             prompts[name] = Prompts.of(other, name)
     return prompts
-
-
-def _bucket(size: int, buckets: tuple[int, ...]) -> int:
-    return next((bucket for bucket in buckets if bucket >= size), -(-size // buckets[-1]) * buckets[-1])
-
-
-def _pad_rows(ids: np.ndarray | jax.Array, rows: int) -> np.ndarray:
-    return np.pad(ids, [(0, rows - len(ids)), (0, 0)], mode="edge")
-
-
-@functools.partial(jax.jit, static_argnames="batch")
-def _cut_rows(embeddings: TextEmbeddings, batch: int) -> TextEmbeddings:
-    groups = 2 if embeddings.guidance else 1
-
-    def cut(x: jax.Array | None) -> jax.Array | None:
-        if x is None:
-            return None
-        return x.reshape(groups, -1, *x.shape[1:])[:, :batch].reshape(-1, *x.shape[1:])
-
-    return dataclasses.replace(
-        embeddings,
-        prompt_embeds=cut(embeddings.prompt_embeds),
-        pooled_prompt_embeds=cut(embeddings.pooled_prompt_embeds),
-    )

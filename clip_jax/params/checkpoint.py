@@ -83,6 +83,7 @@ def write_checkpoint(
     metadata: CheckpointMetadata,
     tokenizers: Mapping[str, SavesFiles],
     overwrite: bool = False,
+    extra: Callable[[Path], None] | None = None,
     check: Callable[[Path], dict[str, Any]] | None = None,
 ) -> None:
     """Writes a checkpoint part by part, each twice in memory at most; `out` appears whole or not at all.
@@ -93,6 +94,7 @@ def write_checkpoint(
         metadata: Stored as Orbax's custom metadata.
         tokenizers: Tower name -> tokenizer.
         overwrite: Whether an existing checkpoint may be replaced; it is kept until the new one is whole.
+        extra: Writes more files into the folder; not at its top.
         check: Called with the new checkpoint before it appears; what it returns becomes part of the provenance, and
             what it raises leaves everything as it was.
 
@@ -135,6 +137,8 @@ def write_checkpoint(
             for name, tokenizer in tokenizers.items():
                 tokenizer_folder(folder, name).mkdir(parents=True)
                 tokenizer.save(tokenizer_folder(folder, name))
+            if extra is not None:
+                extra(folder)
             # Without the files at the top: they are small, and Orbax's own.
             sizes = {str(p.relative_to(folder)): p.stat().st_size for p in folder.rglob("*/*") if p.is_file()}
             (folder / _FILES).write_text(json.dumps(sizes, indent=1))
@@ -223,6 +227,21 @@ def read_specs(path: Path, configs: Mapping[str, TowerConfig]) -> dict[str, dict
     Raises:
         CheckpointError: The stored tree is not that of `configs`.
     """
+    specs = stored_specs(path)
+    if sorted(specs) != sorted(configs):
+        raise CheckpointError(f"{path} holds the towers {sorted(specs)}, its metadata says {sorted(configs)}.")
+    for tower, config in configs.items():
+        found = {p: spec.shape for p, spec in specs[tower].items()}
+        check_shapes(param_shapes(config), found, f"Tower {tower} of {path}")
+    return specs
+
+
+def stored_specs(path: Path) -> dict[str, dict[str, TensorSpec]]:
+    """Tower name -> path -> shape and dtype of the stored parameters, whatever they are.
+
+    Raises:
+        CheckpointError: Orbax cannot list them.
+    """
     from orbax.checkpoint import v1 as ocp
 
     try:
@@ -232,16 +251,10 @@ def read_specs(path: Path, configs: Mapping[str, TowerConfig]) -> dict[str, dict
         raise _damaged(path, error) from error
     if stored is None:  # what Orbax says of params that are not there, or too damaged to be listed
         raise _damaged(path, "it lists no params")
-    specs = {
+    return {
         tower: {p: TensorSpec(tuple(leaf.shape), np.dtype(leaf.dtype)) for p, leaf in flatten(tree).items()}
         for tower, tree in stored.items()
     }
-    if sorted(specs) != sorted(configs):
-        raise CheckpointError(f"{path} holds the towers {sorted(specs)}, its metadata says {sorted(configs)}.")
-    for tower, config in configs.items():
-        found = {p: spec.shape for p, spec in specs[tower].items()}
-        check_shapes(param_shapes(config), found, f"Tower {tower} of {path}")
-    return specs
 
 
 def read_params(
