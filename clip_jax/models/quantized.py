@@ -42,6 +42,8 @@ def _product(x: jax.Array, kernel: Any, dimensions: jax.lax.DotDimensionNumbers,
     if not is_quantized(kernel):
         return jax.lax.dot_general(x, kernel, dimensions, **options)
     if kernel.qvalue.dtype != jnp.int8:
+        # Not before x is there: XLA would dequantise every layer at the start, and hold them all.
+        x, kernel = jax.lax.optimization_barrier((x, kernel))
         return jax.lax.dot_general(x, _dequantized(kernel).astype(x.dtype), dimensions, **options)
     import qwix
 
