@@ -19,7 +19,7 @@ from clip_jax.families import Family, Tower, TowerOutput
 from clip_jax.models import T5Encoder, model_of
 from clip_jax.structs import TextEmbeddings, Tokens
 
-#: A nested dict of arrays.
+#: A nested dict of arrays, or of `qwix.QArray`s where they are quantised.
 Params = Mapping[str, Any]
 
 
@@ -57,7 +57,8 @@ def text_embeddings(
             unconditional rows are zeros.
         family: Which towers run, and how they are joined; static.
         dtype: Of the result, cast at the end; None means `compute_dtype`. Static.
-        compute_dtype: Of the computation; None means that of the params, as their embeddings have it. Static.
+        compute_dtype: Of the computation; None means that of the params, as their embeddings of positions have it.
+            Static.
         clip_skip: Layers of the CLIP towers to leave out at the end, for the prompts, counted as in diffusers
             from the layer that the family takes; None means 0. Static.
         clip_skip_negative: The same for the negative prompts, which diffusers never skips. Static.
@@ -170,9 +171,11 @@ def layers_taken(family: Family, tower: Tower, *skips: int | None) -> list[int]:
 
 
 def _embedding_dtype(tower: Tower, params: Params) -> jnp.dtype:
-    """That of the token embedding: norms, and T5's `wo`, may be kept in a wider one."""
-    is_clip = isinstance(tower.config, ClipTextConfig)
-    table = params["text_model"]["embeddings"]["token_embedding"] if is_clip else params["shared"]
+    """That of the positions: norms, and T5's `wo`, may be kept in a wider one, and quantised params have their own."""
+    if isinstance(tower.config, ClipTextConfig):
+        table = params["text_model"]["embeddings"]["position_embedding"]
+    else:
+        table = params["encoder"]["block"]["0"]["layer"]["0"]["SelfAttention"]["relative_attention_bias"]
     return table["embedding"].dtype
 
 

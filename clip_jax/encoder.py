@@ -22,6 +22,7 @@ from clip_jax.families import FAMILIES, Family, Tower
 from clip_jax.models import intercepted
 from clip_jax.params.cast import float_dtype
 from clip_jax.params.checkpoint import CheckpointMetadata, write_checkpoint
+from clip_jax.params.quantize import scheme_of, split
 from clip_jax.params.shapes import flatten, layer_groups
 from clip_jax.params.shard import sharded_rows
 from clip_jax.program import PLATFORMS, export_programs
@@ -44,7 +45,7 @@ class TextEncoder:
 
     Attributes:
         family: What the embeddings are made for, around the checkpoint's architectures.
-        params: Plain nested dict with one entry per tower.
+        params: Plain nested dict with one entry per tower; quantised leaves are `qwix.QArray`s.
         tokenizers: Tower name -> tokenizer.
         dtype: Of the computation and of the embeddings.
         provenance: Where the weights come from. JSON.
@@ -306,10 +307,11 @@ class TextEncoder:
         )
 
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
-        """Writes params, architectures and tokenizers to a folder that `clip_jax.load` reads.
+        """Writes params, architectures and tokenizers to a folder that `clip_jax.load` reads, quantised if they are.
 
         Raises:
             CheckpointError: The folder exists.
+            ClipJaxError: The params are quantised in part.
         """
         self._save(path, overwrite)
 
@@ -354,7 +356,7 @@ class TextEncoder:
             Path(path),
             (
                 {tower: {p: leaves[p] for p in group}}
-                for tower, leaves in ((name, flatten(tree)) for name, tree in self.params.items())
+                for tower, leaves in ((name, split(flatten(tree))) for name, tree in self.params.items())
                 for group in layer_groups(leaves)
             ),
             metadata=CheckpointMetadata(
@@ -362,6 +364,7 @@ class TextEncoder:
                 configs=self.config,
                 provenance=self.provenance,
                 zero_negative=self.family.zero_negative,
+                scheme=scheme_of(self.params),
             ),
             tokenizers=self.tokenizers,
             extra=extra,

@@ -77,7 +77,7 @@ def load_exported(
     family = whole.without({tower.name for tower in whole.towers} - configs.keys())
     encoder = ExportedTextEncoder(
         family.with_configs(configs),
-        ckpt.read_params(folder, ckpt.stored_specs(folder), None, progress=progress),
+        ckpt.read_params(folder, ckpt.stored_specs(folder), None, scheme=metadata.scheme, progress=progress),
         {tower: read_tokenizer(config, ckpt.tokenizer_folder(folder, tower)) for tower, config in configs.items()},
         dtype=programs.dtype,
         provenance=metadata.provenance,

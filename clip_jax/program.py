@@ -64,10 +64,11 @@ class Programs:
                 f"max_sequence_length=."
             )
         both, alone = self._compiled
+        leaves = jax.tree.leaves(params)
         if tokens.uncond is not None:
-            arrays = both(params, tokens.cond, tokens.uncond)
+            arrays = both(leaves, tokens.cond, tokens.uncond)
         else:
-            arrays = alone(params, tokens.cond)
+            arrays = alone(leaves, tokens.cond)
             if tokens.zero_uncond:
                 rows = arrays.keys() - {"text_ids"}
                 arrays |= {name: _after_zeros(arrays[name]) for name in rows}
@@ -107,9 +108,14 @@ def export_programs(
     for tower in family.towers:
         layers_taken(family, tower, *skips)
 
-    def encode(params: Params, cond: dict[str, Any], uncond: dict[str, Any] | None = None) -> dict[str, jax.Array]:
+    # A list of params: what is serialised knows no trees but of dicts and lists, and quantised ones have others.
+    leaves, tree = jax.tree.flatten(params)
+
+    def encode(
+        leaves: list[jax.Array], cond: dict[str, Any], uncond: dict[str, Any] | None = None
+    ) -> dict[str, jax.Array]:
         out = text_embeddings(
-            params,
+            jax.tree.unflatten(tree, leaves),
             dataclasses.replace(example, cond=cond, uncond=uncond, zero_uncond=False),
             family=family,
             dtype=dtype,
@@ -123,7 +129,7 @@ def export_programs(
     (batch,) = export.symbolic_shape("b")
     lengths = {tower: ids.shape[1] for tower, ids in example.cond.items()}
     ids = {tower: jax.ShapeDtypeStruct((batch, length), jnp.int32) for tower, length in lengths.items()}
-    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
+    shapes = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves]
     exported = export.export(jax.jit(encode), platforms=platforms)
     return Programs(exported(shapes, ids, ids), exported(shapes, ids), lengths, dtype.name, skips)
 
