@@ -1,9 +1,9 @@
 """Sizes and errors of quantised params at full size, held against float32: `python -m bench.quantize`.
 
-Every family is run with seeded random weights, on 24 prompts in float32, and once more for each scheme. Errors are those
-of `prompt_embeds`, token by token. No checkpoint of a real model is needed, and none is spoken for: activations of
-trained ones have outliers that random ones lack. Takes ten minutes and 8 GB of memory on two cores; the families with T5
-are left out unless they are named, and take 40 GB.
+Every family is run with seeded random weights, on 24 prompts in float32, and once more for each scheme. Errors are
+those of `prompt_embeds`, token by token. No checkpoint of a real model is needed, and none is spoken for: activations
+of trained ones have outliers that random ones lack. Takes ten minutes and 8 GB of memory on two cores; the families
+with T5 are left out unless they are named, and take 40 GB.
 """
 
 from __future__ import annotations

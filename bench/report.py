@@ -123,8 +123,8 @@ def _render_quantized(result: Mapping[str, Any], source: str) -> str:
             rows.append([name, scheme, *size, *_quantized_errors(found)])
     versions = _versions({"Python": result["python"], **result["versions"]})
     return (
-        f"{_table(rows)}\n\nOf `prompt_embeds` against float32, token by token, over {result['prompts']} prompts; random "
-        f"weights of the full size, on {result['device'].upper()} ({result['machine']}); int4 counted as half a byte; "
+        f"{_table(rows)}\n\nOf `prompt_embeds` against float32, token by token, over {result['prompts']} prompts; "
+        f"random weights of the full size, on {result['device'].upper()} ({result['machine']}); int4 as half a byte; "
         f"{versions}; {result['date'][:10]}; `{source}`."
     )
 

@@ -259,6 +259,19 @@ def test_convert_options(tiny_sd15, tmp_path, capsys):
     assert main([*command, "--overwrite"]) == 0
 
 
+def test_quantised_params_are_written_shown_and_used(tiny_sd15, tmp_path, capsys):
+    command = ["convert", str(tiny_sd15), str(tmp_path / "out"), "--family", "sd15", "--quantize", "int8"]
+    assert main(command) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[0] == "sd15: Stable Diffusion 1.x, quantised to int8"
+    assert shown[1].startswith("  clip_l: 1,609,216 parameters, float32, int8, 1,8")
+    rows = []
+    for model, *options in ([tmp_path / "out"], [tiny_sd15, "--family", "sd15", "--quantize", "int8"], [tiny_sd15]):
+        assert main(["embed", "a cat", "--model", str(model), "--family", "sd15", *options]) == 0
+        rows.append(capsys.readouterr().out.splitlines()[:-1])
+    assert rows[0] == rows[1] != rows[2]
+
+
 # --- mistakes
 
 
@@ -291,6 +304,9 @@ def test_convert_options(tiny_sd15, tmp_path, capsys):
         ("convert {source} {tmp} --overwrite", "{tmp} is not a checkpoint written by clip_jax"),
         ("convert {source} {long}/out --family sd15", "{long}/out cannot be written: [Errno 17] File exists: '{long}'"),
         ("convert {source} {tmp}/out --family sd15 --dtype int4", "dtype must be one of float32, bfloat16, "),
+        ("convert {source} {tmp}/out --quantize int2", "quantize must be None, 'int8' or 'int4', found 'int2'."),
+        ("convert {source} {tmp}/out --quantize int8 --verify", "verify expects what float32 explains, and finds more"),
+        ("embed x --model {model} --quantize fp8", "quantize must be None, 'int8' or 'int4', found 'fp8'."),
         ("embed x --model {model} --out {tmp}/a.csv", "--out must end in .safetensors or .npz, found 'a.csv'."),
         ("embed x --model {model} --out {tmp}/npz", "--out must end in .safetensors or .npz, found 'npz'."),
         ("embed x --model {model} --out {tmp}/no/a.npz", "{tmp}/no is not a folder; expected one to write a.npz"),

@@ -188,11 +188,9 @@ def test_it_is_one_program_in_int8(quantized, quantize):
 
 
 def test_int4_kernels_are_dequantised_one_after_the_other(quantized, quantize):
-    if quantize == "int8":
-        pytest.skip("int8 kernels are not dequantised")
     tokens = quantized.tokenize("a cat")
     text = clip_jax.text_embeddings.lower(quantized.params, tokens, family=quantized.family).as_text()
-    assert text.count("optimization_barrier") == 6 * 3
+    assert text.count("optimization_barrier") == (0 if quantize == "int8" else 6 * 3)
 
 
 def test_in_a_jit_of_the_users_own_and_as_an_nnx_module(quantized):
@@ -288,12 +286,10 @@ def test_what_is_not_quantised_stays_readable_by_older_versions(encoder, tmp_pat
     assert clip_jax.info(tmp_path / "plain").quantize is None
 
 
-def test_on_disk_int4_takes_about_half_a_byte(saved, quantized, quantize):
-    if quantize == "int8":
-        pytest.skip("a byte each")
+def test_on_disk_it_takes_a_byte_or_about_half_of_one(saved, quantized):
     files = sum(path.stat().st_size for path in (saved / "state").rglob("*") if path.is_file())
     whole = sum(TensorSpec(leaf.shape, np.dtype(leaf.dtype)).nbytes for leaf in parts_of(quantized).values())
-    assert files < 1.2 * whole  # at full size it is less than the whole
+    assert files < 1.2 * whole  # at full size int4 is less than the whole
 
 
 @pytest.mark.parametrize(("name", "limit"), SIZES.items())

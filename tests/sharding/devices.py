@@ -148,7 +148,10 @@ def quantized(source: Path, name: str) -> dict[str, Any]:
     out = {key: embeds(each) for key, each in (("one", whole), ("made", made), ("read", read))}
     return {
         "same params": same_parts(made.params, whole.params) and same_parts(read.params, whole.params),
-        "shardings": [[str(leaf.sharding.spec) for leaf in jax.tree.leaves(e.params)] for e in (made, read)],
+        "same shardings": all(
+            leaf.sharding.is_equivalent_to(other.sharding, leaf.ndim)
+            for leaf, other in zip(jax.tree.leaves(made.params), jax.tree.leaves(read.params), strict=True)
+        ),
         "bytes": [bytes_by_device(each.params) for each in (made, read)],
         "errors": {key: float(np.linalg.norm(array - exact) / np.linalg.norm(exact)) for key, array in out.items()},
     }

@@ -145,8 +145,7 @@ def test_quantised_params_are_split_as_others_are(devices, name):
     """Scales go with what they scale, whether parts are quantised as they are read or were before."""
     found = devices["quantized"][name]
     assert found["same params"]
-    made, read = found["shardings"]
-    assert made == read
+    assert found["same shardings"]
     assert len({size for sizes in found["bytes"] for size in sizes}) == 1
     # A sum in another order may round an activation to another step: what counts is the error to float32.
     assert max(found["errors"].values()) <= 1.2 * found["errors"]["one"]
