@@ -81,7 +81,12 @@ def run(benchmark: str, args: argparse.Namespace, shop: Workshop) -> dict[str, A
         "date": begun,
         **git_state(),
         "host": host_facts(),
-        "settings": {"repeats": shop.repeats, "warmup": WARMUP, "pause_s": PAUSE_S},
+        "settings": {
+            "weights": "random, the same in all",
+            "repeats": shop.repeats,
+            "warmup": WARMUP,
+            "pause_s": PAUSE_S,
+        },
         **extra,
         **found,
     }

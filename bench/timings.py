@@ -43,8 +43,10 @@ def caption(result: _Json, source: str) -> str:
         f"{result['date'][:10]}, {commit}{' with uncommitted changes' if result['dirty'] else ''}",
         f"`{source}`",
     ]
+    settings = result["settings"]
     text = (
-        f"{_WHAT[result['benchmark']]} {result['settings']['repeats']} interleaved {_UNIT[result['benchmark']]} each: "
+        f"{_WHAT[result['benchmark']]} Weights: {settings['weights']}. {settings['repeats']} interleaved "
+        f"{_UNIT[result['benchmark']]} each: "
         f"median (quartiles); ratio: median (min to max) of the pairwise ratios of {_ours(result)} and the other, "
         f"below 1 {_ours(result)} is faster. {'; '.join(facts)}."
     )
@@ -148,8 +150,8 @@ _COLUMNS: dict[str, list[tuple[str, str, _Cell]]] = {
     ],
 }
 _WHAT = {
-    "encode": "Guidance pairs of token ids to embeddings, the same random weights for all; a pair is two prompts.",
-    "compat": "One row of token ids, as numpy has them, to what FLUX takes of it; float32, the same random weights.",
-    "cold": "From the start of Python to the first embeddings of one guidance pair; float32, files in the page cache.",
+    "encode": "Guidance pairs of token ids to embeddings; a pair is two prompts.",
+    "compat": "One row of token ids, as numpy has them, to what FLUX takes of it; float32.",
+    "cold": "From the start of Python to the first embeddings of a guidance pair; float32, files in the page cache.",
 }
 _UNIT = {"encode": "calls", "compat": "calls", "cold": "processes"}
