@@ -13,6 +13,7 @@ def start_jax(precision: str, *packages: str) -> dict[str, Any]:
     """Sets jax up for a comparison, and returns what a result tells of it, with the versions of `packages`."""
     # On a GPU, jax would take most of the memory that the peer needs too.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)  # the first call is to compile
     import jax
 
     device = jax.devices()[0]
