@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -121,8 +122,7 @@ class _Run:
         """A worker that has made its model, and whose first output is compared."""
         with Worker(one.name, (self.shop.pythons[one.environment], "-m", one.worker)) as worker:
             entry = worker.start(request)
-            with np.load(request["output"]) as outputs:
-                entry["error"] = error(outputs, self.reference)
+            entry["error"] = error(_read(request), self.reference)
             self.entries[one.name] = entry
             yield worker
 
@@ -153,5 +153,13 @@ def _reference(ours: Contender, case: Case, shop: Workshop) -> Arrays:
     request = shop.request(ours, case._replace(precision="float32"))
     with Worker(ours.name, (shop.pythons[ours.environment], "-m", ours.worker)) as worker:
         worker.start(request)
-    with np.load(request["output"]) as outputs:
-        return dict(outputs)
+    return _read(request)
+
+
+def _read(request: Message) -> Arrays:
+    """What a worker wrote; taken away, so that nobody's output is held for another's."""
+    path = Path(request["output"])
+    with np.load(path) as outputs:
+        found = dict(outputs)
+    path.unlink()
+    return found
