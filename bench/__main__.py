@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             scratch = args.scratch or Path(stack.enter_context(tempfile.TemporaryDirectory()))
             scratch.mkdir(parents=True, exist_ok=True)
             device = json.loads(run_helper(pythons["clip_jax"], "bench.workers.about"))
-            shop = Workshop(pythons, device["platform"], scratch.absolute(), args.repeats)
+            shop = Workshop(pythons, device["platform"], device["name"], scratch.absolute(), args.repeats)
             for benchmark in args.benchmarks or BENCHMARKS:
                 _write(run(benchmark, args, shop), args.out / f"{benchmark}-{_slug(device)}.json")
     except (ValueError, WorkerError) as error:
@@ -124,7 +124,7 @@ def _write(result: Mapping[str, Any], out: Path) -> None:
 def _slug(device: Mapping[str, str]) -> str:
     if device["platform"] == "cpu":
         return f"cpu-{cores()}-cores"
-    return re.sub(r"[^a-z0-9]+", "-", device["kind"].lower()).strip("-")
+    return re.sub(r"[^a-z0-9]+", "-", device["name"].lower()).strip("-")
 
 
 def _repeats(text: str) -> int:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from bench.environments import missing
-from bench.host import ROOT, busy_seconds, cpu_model
+from bench.host import ROOT, busy_seconds
 from bench.protocol import Message, WorkerError
 from bench.stats import pairwise_ratio, summary
 from bench.workshop import Workshop
@@ -141,4 +141,4 @@ def _about(process: Process, shop: Workshop) -> Message:
         capture_output=True,
         text=True,
     )
-    return {"device": cpu_model(), "versions": json.loads(done.stdout)}
+    return {"device": shop.device, "versions": json.loads(done.stdout)}

@@ -43,12 +43,14 @@ class Workshop:
     Attributes:
         pythons: Environment name -> interpreter.
         platform: Of jax, as ours runs on it.
+        device: The name of that device.
         scratch: The folder for checkpoints and exported models.
         repeats: Timed calls per contender and case.
     """
 
     pythons: Mapping[str, str]
     platform: str
+    device: str
     scratch: Path
     repeats: int
 

@@ -21,7 +21,7 @@ def start_jax(precision: str, *packages: str) -> dict[str, Any]:
         # jax's default is less than float32 on accelerators, torch's is not. No difference on a CPU.
         jax.config.update("jax_default_matmul_precision", "highest")
     return {
-        "device": cpu_model() if device.platform == "cpu" else device.device_kind,
+        "device": _name(device),
         "threads": cores(),
         "versions": versions(*packages, "jax", "jaxlib"),
     }
@@ -32,7 +32,11 @@ def main() -> None:
     import jax
 
     device = jax.devices()[0]
-    print(json.dumps({"platform": device.platform, "kind": device.device_kind}))
+    print(json.dumps({"platform": device.platform, "name": _name(device)}))
+
+
+def _name(device: Any) -> str:
+    return cpu_model() if device.platform == "cpu" else device.device_kind
 
 
 if __name__ == "__main__":

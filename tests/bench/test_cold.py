@@ -16,7 +16,7 @@ CACHED, PLAIN = Process("cached", *FAKE, cached=True), Process("plain", *FAKE)
 def shop(monkeypatch, tmp_path):
     monkeypatch.setattr(cold, "_PAUSE_S", 0)
     (tmp_path / "sd15" / "weights").mkdir(parents=True)
-    return Workshop(PYTHONS, "cpu", tmp_path, 2)
+    return Workshop(PYTHONS, "cpu", "Some CPU", tmp_path, 2)
 
 
 def test_processes_take_turns(shop, monkeypatch):

@@ -20,7 +20,7 @@ def machine(monkeypatch):
 
     def helper(python, module, *arguments):
         asked.append((module, *arguments))
-        return json.dumps(CEILINGS if module == "bench.ceilings" else {"platform": "gpu", "kind": "NVIDIA H200 (SXM)"})
+        return json.dumps(CEILINGS if module == "bench.ceilings" else {"platform": "gpu", "name": "NVIDIA H200 (SXM)"})
 
     monkeypatch.setattr(command, "run_helper", helper)
     return asked
@@ -69,8 +69,8 @@ def test_all_benchmarks_are_run_unless_named(machine, monkeypatch, tmp_path):
 
 def test_results_are_named_after_the_device(monkeypatch):
     monkeypatch.setattr(command, "cores", lambda: 2)
-    assert command._slug({"platform": "cpu", "kind": "cpu"}) == "cpu-2-cores"
-    assert command._slug({"platform": "gpu", "kind": "NVIDIA H100 80GB HBM3"}) == "nvidia-h100-80gb-hbm3"
+    assert command._slug({"platform": "cpu", "name": "cpu"}) == "cpu-2-cores"
+    assert command._slug({"platform": "gpu", "name": "NVIDIA H100 80GB HBM3"}) == "nvidia-h100-80gb-hbm3"
 
 
 def test_a_noisy_machine_is_told(machine, monkeypatch, tmp_path, capsys):

@@ -22,7 +22,7 @@ def shop(monkeypatch, tmp_path):
     monkeypatch.setattr(interleave, "PAUSE_S", 0)
     for preset in ("sd15", "sd21"):
         (tmp_path / preset / "weights").mkdir(parents=True)  # they are made, then
-    return Workshop(PYTHONS, "cpu", tmp_path, 3)
+    return Workshop(PYTHONS, "cpu", "Some CPU", tmp_path, 3)
 
 
 def test_two_contenders(shop):
