@@ -147,7 +147,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--precisions", nargs="+", default=PRECISIONS, choices=PRECISIONS, help="of encode")
     parser.add_argument("--batches", nargs="+", type=int, default=[1], metavar="PAIRS", help="of encode; default: 1")
     parser.add_argument("--contenders", nargs="+", metavar="NAME", help="peers to time; default: all")
-    parser.add_argument("--repeats", type=_repeats, default=15, help="timed calls of each contender per case")
+    parser.add_argument(
+        "--repeats", type=_repeats, default=15, help="timed calls of each contender per case; of larger batches fewer"
+    )
     parser.add_argument("--scratch", type=Path, help="folder for weights and exports, kept; default: a temporary one")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results", metavar="FOLDER")
     return parser

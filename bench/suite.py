@@ -127,7 +127,7 @@ class _Run:
             yield worker
 
     def turns(self, workers: Sequence[Worker]) -> None:
-        turns = take_turns(workers, self.shop.repeats)
+        turns = take_turns(workers, self.shop.calls(self.case))
         self.noise = max(self.noise, turns.other_cores)
         for worker in workers:
             self.samples.setdefault(worker.name, []).extend(turns.ms[worker.name])

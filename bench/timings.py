@@ -44,9 +44,10 @@ def caption(result: _Json, source: str) -> str:
         f"`{source}`",
     ]
     settings = result["settings"]
+    fewer = " (fewer of larger batches)" if max(case["batch"] for case in result["cases"]) > 1 else ""
     text = (
         f"{_WHAT[result['benchmark']]} Weights: {settings['weights']}. {settings['repeats']} interleaved "
-        f"{_UNIT[result['benchmark']]} each: "
+        f"{_UNIT[result['benchmark']]} each{fewer}: "
         f"median (quartiles); ratio: median (min to max) of the pairwise ratios of {_ours(result)} and the other, "
         f"below 1 {_ours(result)} is faster. {'; '.join(facts)}."
     )

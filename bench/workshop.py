@@ -13,6 +13,8 @@ from bench.environments import run_helper
 from bench.presets import COMPAT, clip_ids, compat_ids
 from bench.protocol import Message
 
+_LEAST_CALLS = 5
+
 
 class Case(NamedTuple):
     """What all contenders are given.
@@ -45,7 +47,7 @@ class Workshop:
         platform: Of jax, as ours runs on it.
         device: The name of that device.
         scratch: The folder for checkpoints and exported models.
-        repeats: Timed calls per contender and case.
+        repeats: Timed calls per contender of one guidance pair.
     """
 
     pythons: Mapping[str, str]
@@ -53,6 +55,10 @@ class Workshop:
     device: str
     scratch: Path
     repeats: int
+
+    def calls(self, case: Case) -> int:
+        """Timed calls per contender: of large batches fewer, for about as much work."""
+        return min(self.repeats, max(_LEAST_CALLS, self.repeats // case.batch))
 
     def request(self, contender: Contender, case: Case) -> Message:
         """The case as a worker is told, once everything that it reads is there.

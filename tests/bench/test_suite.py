@@ -1,5 +1,6 @@
 """Cases of contenders that load no model."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -60,6 +61,12 @@ def test_the_reference_is_ours_in_float32(shop):
     (case,) = run_cases([OURS, PEER], [Case("sd15", "bfloat16")], shop)["cases"]
     assert case["contenders"]["ours"]["seen"]["precision"] == "bfloat16"
     assert case["contenders"]["peer"]["error"]["relative"] == 0.01
+
+
+def test_larger_batches_are_called_less_often(shop):
+    shop = dataclasses.replace(shop, repeats=15)
+    assert [shop.calls(Case("sd15", "float32", batch)) for batch in (1, 2, 8)] == [15, 7, 5]
+    assert dataclasses.replace(shop, repeats=3).calls(Case("sd15", "float32", 8)) == 3
 
 
 def test_who_cannot_take_part_in_a_case_is_not_asked(shop):
