@@ -22,11 +22,13 @@ def start(case: Message) -> Model:
     begin = time.perf_counter()
     towers = Towers(Path(case["checkpoint"]) / "diffusers", getattr(torch, case["precision"])).to(device)
     load_s = time.perf_counter() - begin
+    ids = torch.tensor(case["ids"], device=device)
     run = towers
     if case["options"]["compiled"]:
+        with torch.inference_mode():
+            towers(ids)  # transformers installs its hooks for hidden states by this, in a way that cannot be compiled
         # On a GPU max-autotune means CUDA graphs too; on a CPU it would mean minutes of trying for nothing.
         run = torch.compile(towers, mode="max-autotune" if cuda else "default", fullgraph=True)
-    ids = torch.tensor(case["ids"], device=device)
 
     @torch.inference_mode()
     def call() -> tuple[torch.Tensor, ...]:
