@@ -46,6 +46,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             sys.exit(f"bench: there is no {what} {', '.join(unknown)}; known are {', '.join(sorted(known))}.")
     try:
         pythons = parse_pythons(args.python)
+    except ValueError as error:
+        sys.exit(f"bench: {error}.")
+    try:
         with contextlib.ExitStack() as stack:
             scratch = args.scratch or Path(stack.enter_context(tempfile.TemporaryDirectory()))
             scratch.mkdir(parents=True, exist_ok=True)
@@ -53,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             shop = Workshop(pythons, device["platform"], device["name"], scratch.absolute(), args.repeats)
             for benchmark in args.benchmarks or BENCHMARKS:
                 _write(run(benchmark, args, shop), args.out / f"{benchmark}-{_slug(device)}.json")
-    except (ValueError, WorkerError) as error:
+    except WorkerError as error:
         sys.exit(f"bench: {error}")
 
 

@@ -22,7 +22,7 @@ def draw(result: Mapping[str, Any], out: Path) -> None:
     from matplotlib import pyplot
 
     unit, scale = _UNITS[result["benchmark"]]
-    cases = result["cases"]
+    cases = [case for case in result["cases"] if case["contenders"]]
     columns = min(len(cases), 3)
     rows = -(-len(cases) // columns)
     most = max(len(case["contenders"]) for case in cases)

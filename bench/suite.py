@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ def run_cases(contenders: Sequence[Contender], cases: Sequence[Case], shop: Work
     Who takes no part is in `left_out` with the reason: here of all cases, in a case of that.
 
     Raises:
-        WorkerError: Ours failed.
+        WorkerError: Ours cannot run at all, or died while it was timed.
     """
     ours, *peers = contenders
     left_out = {one.name: reason for one in contenders if (reason := unfit(one, shop.pythons, shop.platform))}
@@ -65,7 +65,7 @@ def run_case(
     """Ours beside each peer. No more than two models are in memory at a time, since those of SDXL are large.
 
     Raises:
-        WorkerError: Ours failed. A peer that fails is left out.
+        WorkerError: Ours died while it was timed. Whatever else fails is left out.
     """
     run = _Run(case, reference, shop)
     requests = {}
@@ -76,10 +76,8 @@ def run_case(
     with contextlib.ExitStack() as stack:
         bar.set_description(f"{case}: {ours.name} loads")
         first = None
-        try:
+        with run.leaving_out(ours):
             first = stack.enter_context(run.seat(ours, shop.request(ours, case)))
-        except LeftOut as reason:
-            run.leave_out(ours, reason)
         for peer in peers:
             bar.set_description(f"{case}: {peer.name}")
             if peer.name in requests:
@@ -105,20 +103,17 @@ class _Run:
         self.noise = 0.0
 
     @contextlib.contextmanager
-    def leaving_out(self, one: Contender) -> Any:
+    def leaving_out(self, one: Contender) -> Iterator[None]:
         """Where it fails, a contender is left out, and the others go on."""
         try:
             yield
         except (LeftOut, WorkerError) as reason:
-            self.leave_out(one, reason)
-
-    def leave_out(self, one: Contender, reason: LeftOut | WorkerError) -> None:
-        self.entries.pop(one.name, None)
-        self.left_out[one.name] = reason.brief if isinstance(reason, WorkerError) else str(reason)
-        tqdm.write(f"{self.case}: {one.name} is left out: {reason}", file=sys.stderr)
+            self.entries.pop(one.name, None)
+            self.left_out[one.name] = reason.brief if isinstance(reason, WorkerError) else str(reason)
+            tqdm.write(f"{self.case}: {one.name} is left out: {reason}", file=sys.stderr)
 
     @contextlib.contextmanager
-    def seat(self, one: Contender, request: Message) -> Any:
+    def seat(self, one: Contender, request: Message) -> Iterator[Worker]:
         """A worker that has made its model, and whose first output is compared."""
         with Worker(one.name, (self.shop.pythons[one.environment], "-m", one.worker)) as worker:
             entry = worker.start(request)
