@@ -14,13 +14,13 @@ from pathlib import Path
 
 os.environ["CI"] = "true"  # or nncf and openvino would tell their makers that they are used
 
-import nncf  # noqa: E402
-import numpy as np  # noqa: E402
-import openvino  # noqa: E402
-import torch  # noqa: E402
+import nncf
+import numpy as np
+import openvino
+import torch
 
-from bench.presets import LENGTH, clip_ids  # noqa: E402
-from bench.workers.towers import Towers  # noqa: E402
+from bench.presets import LENGTH, clip_ids
+from bench.workers.towers import Towers
 
 _CALIBRATION = 16  # batches of texts
 
