@@ -1,8 +1,8 @@
 """Turns a result into its table in a document: `python -m bench.report bench/results/NAME.json`.
 
 A result with `cases` is one of `python -m bench`, one with `peaks` of `bench.memory`, one with `formats` of
-`bench.formats`, one with `flops` of `bench.flops`, and one with `errors` is what
-`pytest tests/parity --write-errors` writes.
+`bench.formats`, one with `flops` of `bench.flops`, one with `quantized` of `bench.quantize`, and one with `errors` is
+what `pytest tests/parity --write-errors` writes.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ def render(result: Mapping[str, Any], source: str) -> str:
         "bench:memory": _render_peaks,
         "bench:flops": _render_flops,
         "bench:formats": _render_formats,
+        "bench:quantize": _render_quantized,
     }
     return renderers.get(kind(result), _render_times)(result, source)
 
@@ -50,7 +51,13 @@ def kind(result: Mapping[str, Any]) -> str:
     if "benchmark" in result:
         accelerator = "" if result["platform"] == "cpu" else f":{result['platform']}"
         return f"bench:{result['benchmark']}{accelerator}"
-    kinds = {"errors": "parity", "peaks": "bench:memory", "flops": "bench:flops", "formats": "bench:formats"}
+    kinds = {
+        "errors": "parity",
+        "peaks": "bench:memory",
+        "flops": "bench:flops",
+        "formats": "bench:formats",
+        "quantized": "bench:quantize",
+    }
     return next(name for key, name in kinds.items() if key in result)
 
 
@@ -116,6 +123,28 @@ def _render_flops(result: Mapping[str, Any], source: str) -> str:
         f"negative prompt, with guidance but for flux; "
         f"{_versions({'Python': result['python'], **result['versions']})}; `{source}`."
     )
+
+
+def _render_quantized(result: Mapping[str, Any], source: str) -> str:
+    header = ["family", "params", "size, MB", "of float32", "cosine, least", "cosine, mean", "relative error"]
+    rows = [header, ["---", "---", *["---:"] * len(header[2:])]]
+    for name, schemes in result["quantized"].items():
+        whole = schemes["float32"]["bytes"]
+        for scheme, found in schemes.items():
+            size = [f"{found['bytes'] / 1e6:,.1f}", f"{found['bytes'] / whole:.0%}"]
+            rows.append([name, scheme, *size, *_quantized_errors(found)])
+    versions = _versions({"Python": result["python"], **result["versions"]})
+    return (
+        f"{_table(rows)}\n\nOf `prompt_embeds` against float32, token by token, over {result['prompts']} prompts; random "
+        f"weights of the full size, on {result['device'].upper()} ({result['machine']}); int4 counted as half a byte; "
+        f"{versions}; {result['date'][:10]}; `{source}`."
+    )
+
+
+def _quantized_errors(found: Mapping[str, Any]) -> list[str]:
+    if "min_cosine" not in found:  # float32, which the others are held against
+        return ["", "", ""]
+    return [f"{found['min_cosine']:.5f}", f"{found['mean_cosine']:.5f}", f"{found['relative_error']:.1%}"]
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from clip_jax._version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from clip_jax.compilation import enable_compilation_cache as enable_compilation_cache
     from clip_jax.config import ClipTextConfig as ClipTextConfig
     from clip_jax.config import T5EncoderConfig as T5EncoderConfig
     from clip_jax.embed import text_embeddings as text_embeddings
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from clip_jax.errors import ClipJaxError as ClipJaxError
     from clip_jax.errors import ConfigError as ConfigError
     from clip_jax.errors import PromptTooLongError as PromptTooLongError
+    from clip_jax.exported import load_exported as load_exported
     from clip_jax.families import FAMILIES as FAMILIES
     from clip_jax.families import Family as Family
     from clip_jax.families import time_ids as time_ids
@@ -42,8 +44,10 @@ _HOMES = {
     "TextEmbeddings": "structs",
     "TextEncoder": "encoder",
     "Tokens": "structs",
+    "enable_compilation_cache": "compilation",
     "info": "loading",
     "load": "loading",
+    "load_exported": "exported",
     "load_tokenizers": "loading",
     "text_embeddings": "embed",
     "time_ids": "families",

@@ -72,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("out", metavar="OUT", type=Path, help="folder to make")
     convert.add_argument("--dtype", help="of the stored params; by default that of the source, bfloat16 if quantised")
     convert.add_argument("--without", metavar="TOWER", action="append", default=[], help="leave out a tower: t5 of sd3")
+    convert.add_argument("--quantize", metavar="SCHEME", help="store the params quantised: int8 or int4")
     convert.add_argument("--verify", action="store_true", help="compare what both compute on a few prompts")
     convert.add_argument("--overwrite", action="store_true", help="replace a checkpoint that is at OUT")
     _add_source_options(convert)
@@ -92,6 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     embed.add_argument("--negative-3", metavar="TEXT", help="for the third text encoder (default: --negative)")
     embed.add_argument("--model", metavar="SRC", required=True, action="append", help=_SOURCE_HELP)
     embed.add_argument("--dtype", default="float32", help="of the computation: float32, bfloat16 or float16")
+    embed.add_argument("--quantize", metavar="SCHEME", help="quantise the params while reading them: int8 or int4")
     embed.add_argument(
         "--guidance",
         action=argparse.BooleanOptionalAction,
@@ -203,6 +205,7 @@ def _convert(arguments: argparse.Namespace) -> None:
         arguments.out,
         dtype=arguments.dtype,
         without=arguments.without,
+        quantize=arguments.quantize,
         verify=arguments.verify,
         overwrite=arguments.overwrite,
         **_reading_options(arguments),
@@ -220,10 +223,18 @@ def _embed(arguments: argparse.Namespace) -> None:
     if arguments.out is not None:
         _check_out(arguments.out, arguments.overwrite)
     prompts = _prompts(arguments)
+    from clip_jax.compilation import enable_compilation_cache
     from clip_jax.loading import load
 
-    model = _one_or_all(arguments.model)
-    encoder = load(model, dtype=arguments.dtype, without=arguments.without, **_reading_options(arguments))
+    enable_compilation_cache()
+    encoder = load(
+        _one_or_all(arguments.model),
+        dtype=arguments.dtype,
+        quantize=arguments.quantize,
+        without=arguments.without,
+        cache_bytes=0,  # each prompt is wanted once: nothing to be remembered, and one program instead of two
+        **_reading_options(arguments),
+    )
     start = time.perf_counter()
     tokens = encoder.tokenize(
         prompts,
@@ -321,7 +332,8 @@ def _print_info(source: str | Sequence[str], **options: Any) -> None:
     from clip_jax.loading import info
 
     model = info(source, **options)
-    print(f"{model.family.name}: {model.family.title}")
+    quantized = f", quantised to {model.quantize}" if model.quantize else ""
+    print(f"{model.family.name}: {model.family.title}{quantized}")
     for name, tower in model.towers.items():
         print(f"  {name}: {tower.parameters:,} parameters, {', '.join(tower.dtypes)}, {tower.nbytes:,} bytes")
         print(f"    {', '.join(f'{key} {value}' for key, value in vars(tower.config).items())}")

@@ -19,7 +19,7 @@ from clip_jax.families import Family, Tower, TowerOutput
 from clip_jax.models import T5Encoder, model_of
 from clip_jax.structs import TextEmbeddings, Tokens
 
-#: A nested dict of arrays.
+#: A nested dict of arrays, or of `qwix.QArray`s where they are quantised.
 Params = Mapping[str, Any]
 
 
@@ -57,7 +57,8 @@ def text_embeddings(
             unconditional rows are zeros.
         family: Which towers run, and how they are joined; static.
         dtype: Of the result, cast at the end; None means `compute_dtype`. Static.
-        compute_dtype: Of the computation; None means that of the params, as their embeddings have it. Static.
+        compute_dtype: Of the computation; None means that of the params, as their embeddings of positions have it.
+            Static.
         clip_skip: Layers of the CLIP towers to leave out at the end, for the prompts, counted as in diffusers
             from the layer that the family takes; None means 0. Static.
         clip_skip_negative: The same for the negative prompts, which diffusers never skips. Static.
@@ -85,7 +86,8 @@ def text_embeddings(
         if not jnp.issubdtype(wanted, jnp.floating):
             raise ClipJaxError(f"dtype and compute_dtype must be floating point, found {wanted!r}.")
 
-    layers = {tower.name: _layers(family, tower, clip_skip_negative, clip_skip)[-len(ids) :] for tower in family.towers}
+    skips = clip_skip_negative, clip_skip
+    layers = {tower.name: layers_taken(family, tower, *skips)[-len(ids) :] for tower in family.towers}
     outputs = {
         tower.name: _run(
             tower,
@@ -148,8 +150,12 @@ def _stack(tower: Tower, rows: Sequence[jax.Array]) -> jax.Array:
     return jnp.stack(rows)
 
 
-def _layers(family: Family, tower: Tower, *skips: int | None) -> list[int]:
-    """Which hidden state of `tower` to take for the negative prompts and for the prompts."""
+def layers_taken(family: Family, tower: Tower, *skips: int | None) -> list[int]:
+    """Which hidden state of `tower` to take for the negative prompts and for the prompts.
+
+    Raises:
+        ClipJaxError: The family or the tower has no such layer to skip to.
+    """
     layers = []
     for name, skip in zip(("clip_skip_negative", "clip_skip"), skips, strict=True):
         if skip is not None and all(t.pooled_only or not isinstance(t.config, ClipTextConfig) for t in family.towers):
@@ -165,9 +171,11 @@ def _layers(family: Family, tower: Tower, *skips: int | None) -> list[int]:
 
 
 def _embedding_dtype(tower: Tower, params: Params) -> jnp.dtype:
-    """That of the token embedding: norms, and T5's `wo`, may be kept in a wider one."""
-    is_clip = isinstance(tower.config, ClipTextConfig)
-    table = params["text_model"]["embeddings"]["token_embedding"] if is_clip else params["shared"]
+    """That of the positions: norms, and T5's `wo`, may be kept in a wider one, and quantised params have their own."""
+    if isinstance(tower.config, ClipTextConfig):
+        table = params["text_model"]["embeddings"]["position_embedding"]
+    else:
+        table = params["encoder"]["block"]["0"]["layer"]["0"]["SelfAttention"]["relative_attention_bias"]
     return table["embedding"].dtype
 
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +13,22 @@ import jax.numpy as jnp
 import jax.typing
 import numpy as np
 
-from clip_jax.config import ClipTextConfig, TowerConfig
-from clip_jax.embed import Params, text_embeddings
+from clip_jax.buckets import BATCHES, bucket_of, cut_rows, pad_rows, without_tails
+from clip_jax.cache import CACHE_BYTES, EmbeddingCache, Skips, call_key, encode_cached
+from clip_jax.config import TowerConfig
+from clip_jax.embed import Params, layers_taken, text_embeddings
 from clip_jax.errors import ClipJaxError
 from clip_jax.families import FAMILIES, Family, Tower
 from clip_jax.models import intercepted
 from clip_jax.params.cast import float_dtype
 from clip_jax.params.checkpoint import CheckpointMetadata, write_checkpoint
+from clip_jax.params.quantize import scheme_of, split
 from clip_jax.params.shapes import flatten, layer_groups
 from clip_jax.params.shard import sharded_rows
+from clip_jax.program import PLATFORMS, export_programs
 from clip_jax.prompts import Prompts
 from clip_jax.structs import TextEmbeddings, Tokens
 from clip_jax.tokenizers import Overflow, RowTokenizer
-
-# Batch sizes, and lengths of ids that may be cut, that are compiled for; above the last, its multiples.
-_BATCHES = (1, 2, 4, 8, 16, 32)
-_LENGTHS = (8, 16, 32, 48, 77)
 
 # The limit of diffusers' SD 3 and FLUX pipelines (`check_inputs`).
 _MAX_SEQUENCE_LENGTH = 512
@@ -46,11 +45,12 @@ class TextEncoder:
 
     Attributes:
         family: What the embeddings are made for, around the checkpoint's architectures.
-        params: Plain nested dict with one entry per tower.
+        params: Plain nested dict with one entry per tower; quantised leaves are `qwix.QArray`s.
         tokenizers: Tower name -> tokenizer.
         dtype: Of the computation and of the embeddings.
         provenance: Where the weights come from. JSON.
         batch_sharding: Where rows of token ids go if their number divides by the devices; None leaves that to jit.
+        cache: Embeddings of prompts that were encoded before; None if there is none.
     """
 
     def __init__(
@@ -62,6 +62,7 @@ class TextEncoder:
         dtype: jax.typing.DTypeLike = jnp.float32,
         provenance: dict[str, Any] | None = None,
         batch_sharding: jax.sharding.NamedSharding | None = None,
+        cache_bytes: int = CACHE_BYTES,
     ) -> None:
         self.family = family
         self.params = params
@@ -69,6 +70,9 @@ class TextEncoder:
         self.dtype = float_dtype(dtype)
         self.provenance = provenance or {}
         self.batch_sharding = batch_sharding
+        if type(cache_bytes) is not int or cache_bytes < 0:
+            raise ClipJaxError(f"cache_bytes must be an int of 0 or more, found {cache_bytes!r}.")
+        self.cache = EmbeddingCache(cache_bytes) if cache_bytes else None
 
     @property
     def config(self) -> dict[str, TowerConfig]:
@@ -118,6 +122,14 @@ class TextEncoder:
             ClipJaxError: Not a str, lists of different lengths, arguments that the family does not take, or
                 float16 overflowed.
         """
+        call = None
+        if self.cache is not None and overflow == "error" and not intercepted():
+            # The same call as before: no tokens are needed to know what it returns.
+            prompts = (prompt, negative_prompt, prompt_2, prompt_3, negative_prompt_2, negative_prompt_3)
+            call = call_key(prompts, guidance, clip_skip, clip_skip_negative, max_sequence_length)
+            generation = self.cache.renew(self._state())
+            if call is not None and (found := self.cache.get(call)) is not None:
+                return found
         tokens = self.tokenize(
             prompt,
             negative_prompt,
@@ -129,11 +141,10 @@ class TextEncoder:
             max_sequence_length=max_sequence_length,
             overflow=overflow,
         )
-        return self.encode(
-            tokens,
-            clip_skip=clip_skip,
-            clip_skip_negative=clip_skip_negative,
-        )
+        out = self.encode(tokens, clip_skip=clip_skip, clip_skip_negative=clip_skip_negative)
+        if self.cache is not None and call is not None:
+            self.cache.put(call, out, generation)
+        return out
 
     def tokenize(
         self,
@@ -190,35 +201,73 @@ class TextEncoder:
         clip_skip: int | None = None,
         clip_skip_negative: int | None = None,
     ) -> TextEmbeddings:
-        """Runs the compiled program over token ids.
+        """Runs the compiled program over token ids, less those whose rows are in the cache.
 
         The batch is padded to one of a few sizes, so that another number of prompts seldom means another
         compilation; rows of the padding are cut off again. Ids of a tower of which only the pooled row is used
         are cut after the end of the text, at one of a few lengths: attention is causal, so that the row stays
         the same.
 
+        Ids on a device are not looked up in the cache, nor is any row where a mesh holds the params.
+
         Raises:
-            ClipJaxError: float16 overflowed.
+            ClipJaxError: float16 overflowed, or there is no such layer to skip to.
         """
+        skips = (clip_skip_negative, clip_skip)
+        for tower in self.family.towers:  # also where nothing is to be computed
+            layers_taken(self.family, tower, *skips)
+        if self.cache is None or self.batch_sharding is not None or intercepted() or not self._on_host(tokens):
+            return self._run(tokens, skips)
+        return encode_cached(self.cache, self.cache.renew(self._state()), tokens, skips, self._run)
+
+    def warmup(
+        self,
+        batch_sizes: Sequence[int] = (1,),
+        *,
+        guidance: bool | None = None,
+        max_sequence_length: int | None = None,
+        clip_skip: int | None = None,
+        clip_skip_negative: int | None = None,
+    ) -> None:
+        """Compiles, and runs once, the programs that calls with so many prompts need; the first of them is fast then.
+
+        With guidance these are the one for new prompts with new negatives, and the one for new prompts whose
+        negatives are in the cache. Programs are kept on disk where a compilation cache is on
+        (`clip_jax.enable_compilation_cache`).
+
+        Args:
+            batch_sizes: Numbers of prompts.
+            guidance: As in a call, and so are the other options.
+            max_sequence_length: L of T5.
+            clip_skip: Layers to leave out for the prompts.
+            clip_skip_negative: Layers to leave out for the negatives.
+
+        Raises:
+            ClipJaxError: Not numbers of prompts, or options that the family does not take.
+        """
+        if not all(type(size) is int and size > 0 for size in batch_sizes):
+            raise ClipJaxError(f"batch_sizes must be positive ints, found {batch_sizes!r}.")
+        skips = (clip_skip_negative, clip_skip)
+        for size in batch_sizes:
+            tokens = self.tokenize([""] * size, guidance=guidance, max_sequence_length=max_sequence_length)
+            programs = [tokens]
+            if tokens.uncond is not None and self.cache is not None:
+                programs.append(dataclasses.replace(tokens, uncond=None))
+            for program in programs:
+                jax.block_until_ready(self._run(program, skips))
+
+    def _run(self, tokens: Tokens, skips: Skips) -> TextEmbeddings:
+        """Encodes ids, in a bucket of batches."""
         batch = max((len(rows) for rows in tokens.cond.values()), default=0)
-        bucket = _bucket(batch, _BATCHES)
-        tokens = self._without_tails(tokens)
+        bucket = bucket_of(batch, BATCHES)
+        tokens = self._trimmed(tokens)
         if bucket != batch:
-            tokens = jax.tree.map(lambda ids: _pad_rows(ids, bucket), tokens)
+            tokens = pad_rows(tokens, bucket)
         if self.batch_sharding is not None:
             tokens = jax.tree.map(lambda ids: sharded_rows(ids, self.batch_sharding), tokens)
-        function = text_embeddings.__wrapped__ if intercepted() else text_embeddings
-        out = function(
-            self.params,
-            tokens,
-            family=self.family,
-            dtype=self.dtype,
-            compute_dtype=self.dtype,
-            clip_skip=clip_skip,
-            clip_skip_negative=clip_skip_negative,
-        )
+        out = self._compute(tokens, skips)
         if bucket != batch:
-            out = _cut_rows(out, batch)
+            out = cut_rows(out, batch)
         if self.dtype == jnp.float16 and not all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(out)):
             raise ClipJaxError(
                 "The embeddings overflow float16: this text encoder computes values beyond 65504. "
@@ -226,17 +275,88 @@ class TextEncoder:
             )
         return out
 
+    def _trimmed(self, tokens: Tokens) -> Tokens:
+        """Ids on the host, less those that change nothing."""
+        return without_tails(tokens, self.family)
+
+    def _compute(self, tokens: Tokens, skips: Skips) -> TextEmbeddings:
+        """The one program."""
+        function = text_embeddings.__wrapped__ if intercepted() else text_embeddings
+        return function(
+            self.params,
+            tokens,
+            family=self.family,
+            dtype=self.dtype,
+            compute_dtype=self.dtype,
+            clip_skip_negative=skips[0],
+            clip_skip=skips[1],
+        )
+
+    def _state(self) -> list[object]:
+        """All that embeddings depend on beside prompts and options."""
+        return [*jax.tree.leaves(self.params), *self.tokenizers.values(), self.family, self.dtype]
+
+    def _on_host(self, tokens: Tokens) -> bool:
+        """Whether these are ids of numpy for all towers, as `tokenize` makes them; others are for `_run` to judge."""
+        sides = [side for side in (tokens.uncond, tokens.cond) if side is not None]
+        arrays = [side.get(tower.name) for side in sides for tower in self.family.towers]
+        return all(isinstance(ids, np.ndarray) and ids.ndim == 2 for ids in arrays) and (
+            len({len(ids) for ids in arrays if ids is not None}) == 1
+            and all(len(side) == len(self.family.towers) for side in sides)
+            and not (tokens.zero_uncond and tokens.uncond is not None)
+        )
+
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
-        """Writes params, architectures and tokenizers to a folder that `clip_jax.load` reads.
+        """Writes params, architectures and tokenizers to a folder that `clip_jax.load` reads, quantised if they are.
 
         Raises:
             CheckpointError: The folder exists.
+            ClipJaxError: The params are quantised in part.
         """
+        self._save(path, overwrite)
+
+    def export(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        max_sequence_length: int | None = None,
+        clip_skip: int | None = None,
+        clip_skip_negative: int | None = None,
+        platforms: Sequence[str] = PLATFORMS,
+        overwrite: bool = False,
+    ) -> None:
+        """Writes what `save` does, and beside it the computation as StableHLO, for `clip_jax.load_exported`.
+
+        Programs are made by `jax.export`, one for prompts with negatives and one for prompts alone, for any number of
+        them. They run without the modules of this package, in this version of JAX and, for half a year at least, in
+        later ones (JAX' promise of compatibility). `clip_jax.load` reads the folder too.
+
+        Args:
+            path: The folder to make.
+            max_sequence_length: L of T5, which is fixed; None means the family's default.
+            clip_skip: Layers to leave out for the prompts; fixed.
+            clip_skip_negative: Layers to leave out for the negatives; fixed.
+            platforms: Where the programs are to run.
+            overwrite: Whether a checkpoint that is there may be replaced.
+
+        Raises:
+            CheckpointError: The folder exists.
+            ClipJaxError: Options that the family does not take, a platform that JAX does not know, or params on a mesh.
+        """
+        if self.batch_sharding is not None:
+            raise ClipJaxError("Params on a mesh are not exported: programs would be made for it. Load without mesh=.")
+        self._check_arguments(max_sequence_length)
+        skips = (clip_skip_negative, clip_skip)
+        example = self.tokenize("", guidance=True, max_sequence_length=max_sequence_length)
+        programs = export_programs(self.params, example, self.family, self.dtype, skips, platforms)
+        self._save(path, overwrite, extra=programs.write)
+
+    def _save(self, path: str | os.PathLike[str], overwrite: bool, extra: Callable[[Path], None] | None = None) -> None:
         write_checkpoint(
             Path(path),
             (
                 {tower: {p: leaves[p] for p in group}}
-                for tower, leaves in ((name, flatten(tree)) for name, tree in self.params.items())
+                for tower, leaves in ((name, split(flatten(tree))) for name, tree in self.params.items())
                 for group in layer_groups(leaves)
             ),
             metadata=CheckpointMetadata(
@@ -244,8 +364,10 @@ class TextEncoder:
                 configs=self.config,
                 provenance=self.provenance,
                 zero_negative=self.family.zero_negative,
+                scheme=scheme_of(self.params),
             ),
             tokenizers=self.tokenizers,
+            extra=extra,
             overwrite=overwrite,
         )
 
@@ -284,18 +406,6 @@ class TextEncoder:
         ends = np.cumsum([len(side.texts) for side in sides])[:-1]
         return [np.broadcast_to(rows, (batch, rows.shape[1])).copy() for rows in np.split(ids, ends)]
 
-    def _without_tails(self, tokens: Tokens) -> Tokens:
-        sides = [side for side in (tokens.uncond, tokens.cond) if side is not None]
-        for tower in self.family.towers:
-            if not isinstance(tower.config, ClipTextConfig) or not all(tower.name in side for side in sides):
-                continue  # that a tower's ids are missing is for `text_embeddings` to say
-            if tower.pooled_only:
-                ends = [np.argmax(side[tower.name] == tower.config.eos_token_id, axis=-1) for side in sides]
-                length = _bucket(max(int(end.max()) for end in ends) + 1, _LENGTHS)
-                sides = [{**side, tower.name: side[tower.name][:, :length]} for side in sides]
-        *uncond, cond = sides
-        return dataclasses.replace(tokens, cond=cond, uncond=uncond[0] if uncond else None)
-
 
 def _by_argument(prefix: str, first: str | Sequence[str], *others: str | Sequence[str] | None) -> dict[str, Prompts]:
     """Argument name -> prompts; others that are absent or empty are the first, as in diffusers."""
@@ -307,27 +417,3 @@ def _by_argument(prefix: str, first: str | Sequence[str], *others: str | Sequenc
         else:
             prompts[name] = Prompts.of(other, name)
     return prompts
-
-
-def _bucket(size: int, buckets: tuple[int, ...]) -> int:
-    return next((bucket for bucket in buckets if bucket >= size), -(-size // buckets[-1]) * buckets[-1])
-
-
-def _pad_rows(ids: np.ndarray | jax.Array, rows: int) -> np.ndarray:
-    return np.pad(ids, [(0, rows - len(ids)), (0, 0)], mode="edge")
-
-
-@functools.partial(jax.jit, static_argnames="batch")
-def _cut_rows(embeddings: TextEmbeddings, batch: int) -> TextEmbeddings:
-    groups = 2 if embeddings.guidance else 1
-
-    def cut(x: jax.Array | None) -> jax.Array | None:
-        if x is None:
-            return None
-        return x.reshape(groups, -1, *x.shape[1:])[:, :batch].reshape(-1, *x.shape[1:])
-
-    return dataclasses.replace(
-        embeddings,
-        prompt_embeds=cut(embeddings.prompt_embeds),
-        pooled_prompt_embeds=cut(embeddings.pooled_prompt_embeds),
-    )

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import jax.typing
 import numpy as np
 
+from clip_jax.cache import CACHE_BYTES
 from clip_jax.config import ClipTextConfig, TowerConfig
 from clip_jax.convert.components import ConfigLike, read_configs
 from clip_jax.convert.detect import family_called, folders_of
@@ -27,6 +28,7 @@ from clip_jax.errors import CheckpointError, ClipJaxError
 from clip_jax.families import FAMILIES, Family
 from clip_jax.params import cast
 from clip_jax.params import checkpoint as ckpt
+from clip_jax.params.quantize import PLAIN, Scheme, scheme_called
 from clip_jax.params.random import random_tensor
 from clip_jax.params.shapes import TensorSpec, param_shapes, unflatten
 from clip_jax.params.shard import (
@@ -64,7 +66,7 @@ class Source(Protocol):
         """Where the weights come from. JSON."""
 
     def read_params(
-        self, dtype: np.dtype | None, *, placement: Placement | None = None, progress: bool | None = None
+        self, dtype: np.dtype | None, *, scheme: Scheme, placement: Placement | None, progress: bool | None
     ) -> dict[str, Any]:
         """Loads the params; `dtype` None keeps that of the source, `placement` None is the default device."""
 
@@ -81,16 +83,24 @@ class _Converted:
         return read_tokenizer(self.family.tower(tower).config, ckpt.tokenizer_folder(self.path, tower))
 
     def specs(self) -> Specs:
-        specs = ckpt.read_specs(self.path, self.metadata.configs)
+        specs = ckpt.read_specs(self.path, self.metadata.configs, self.metadata.scheme)
         return {tower.name: specs[tower.name] for tower in self.family.towers}
 
     def provenance(self) -> dict[str, Any]:
         return self.metadata.provenance
 
     def read_params(
-        self, dtype: np.dtype | None, *, placement: Placement | None = None, progress: bool | None = None
+        self, dtype: np.dtype | None, *, scheme: Scheme, placement: Placement | None, progress: bool | None
     ) -> dict[str, Any]:
-        return ckpt.read_params(self.path, self.specs(), dtype, placement=placement, progress=progress)
+        stored = self.metadata.scheme
+        if stored is not PLAIN and scheme not in (PLAIN, stored):
+            raise CheckpointError(
+                f"{self.path} is quantised to {stored.name}; quantize={scheme.name!r} was asked for. Load it as it is, "
+                f"or quantise the checkpoint that it was made of."
+            )
+        scheme = scheme if stored is PLAIN else PLAIN
+        specs = self.specs()
+        return ckpt.read_params(self.path, specs, dtype, scheme=scheme, placement=placement, progress=progress)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +125,7 @@ class _Random:
         return {"source": f"{_RANDOM}{self.family.name}", "format": "seeded random weights"}
 
     def read_params(
-        self, dtype: np.dtype | None, *, placement: Placement | None = None, progress: bool | None = None
+        self, dtype: np.dtype | None, *, scheme: Scheme, placement: Placement | None, progress: bool | None
     ) -> dict[str, Any]:
         specs = self.specs()
         params = {}
@@ -125,11 +135,12 @@ class _Random:
                 leaves = {}
                 for path, spec in tree.items():
                     array = random_tensor(f"{name}/{path}", spec.shape)
-                    array = array.astype(cast.param_dtype(path, dtype or spec.dtype))
-                    leaves[path] = (
+                    array = array.astype(scheme.read_dtype(path, spec.dtype, dtype))
+                    leaves[path] = scheme.quantize(
+                        path,
                         jax.device_put(array)
                         if placement is None
-                        else sharded_array(spec.shape, placement(name, path, spec), array.__getitem__)
+                        else sharded_array(spec.shape, placement(name, path, spec), array.__getitem__),
                     )
                     bar.update(spec.nbytes)
                 params[name] = unflatten(leaves)
@@ -138,7 +149,7 @@ class _Random:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TowerInfo:
-    """One text encoder of a source: its architecture, and the size of its parameters as stored."""
+    """One text encoder of a source: its architecture, and the size of its parameters as stored (int4 packed)."""
 
     config: TowerConfig
     parameters: int
@@ -152,6 +163,7 @@ class ModelInfo:
 
     family: Family
     towers: dict[str, TowerInfo]
+    quantize: str | None
     provenance: dict[str, Any]
 
 
@@ -161,6 +173,7 @@ def load(
     family: str | None = None,
     dtype: jax.typing.DTypeLike = jnp.float32,
     param_dtype: jax.typing.DTypeLike | None = None,
+    quantize: str | None = None,
     without: str | Iterable[str] = (),
     config: Mapping[str, ConfigLike] | None = None,
     text_projection: Projection = "auto",
@@ -169,6 +182,7 @@ def load(
     local_files_only: bool = False,
     mesh: jax.sharding.Mesh | None = None,
     rules: Rules | None = None,
+    cache_bytes: int = CACHE_BYTES,
     progress: bool | None = None,
 ) -> TextEncoder:
     """Loads the text encoders of a pipeline.
@@ -181,6 +195,9 @@ def load(
         family: "sd15", "sd21", ...; None finds out. A wrong one is an error.
         dtype: Of the computation and of the embeddings: float32, bfloat16 or float16.
         param_dtype: Of the parameters in memory; None means `dtype`.
+        quantize: "int8" quantises kernels and the token embedding to int8, a tensor at a time as they are read, and
+            multiplies in int8: one scale for each output, and one for each token's activations. "int4" stores them in
+            four bits, and computes in `dtype`. None takes them as they are, quantised or not.
         without: Towers to leave out: "t5" of SD 3, whose rows are zeros then.
         config: Tower name -> architecture, where a file of weights does not tell (a config, a dict, or the path of
             a `config.json`).
@@ -193,13 +210,15 @@ def load(
             on the default device. Several processes that share a mesh call this alike.
         rules: Which axes of `mesh` the logical axes are split over (`clip_jax.params.shard`); None means
             `DEFAULT_RULES`.
+        cache_bytes: How much memory embeddings of earlier prompts may take (`TextEncoder.cache`); 0 is no cache.
         progress: Whether to show progress bars; None means on a terminal.
 
     Raises:
-        CheckpointError: The source is not there, not whole, or of another model or family.
+        CheckpointError: The source is not there, not whole, of another model or family, or quantised otherwise.
         ConfigError: Its `config.json` asks for something that cannot be honoured.
-        ClipJaxError: `rules` do not fit `mesh`.
+        ClipJaxError: `rules` do not fit `mesh`; another `quantize`.
     """
+    scheme = scheme_called(quantize)
     hub = _Hub(revision, local_files_only, progress)
     names = {without} if isinstance(without, str) else set(without)
     opened = _open(source, family, names, hub, config, text_projection)
@@ -215,11 +234,12 @@ def load(
     kept = cast.float_dtype(dtype if param_dtype is None else param_dtype)
     return TextEncoder(
         opened.family,
-        opened.read_params(kept, placement=placement, progress=progress),
+        opened.read_params(kept, scheme=scheme, placement=placement, progress=progress),
         tokenizers,
         dtype=dtype,
         provenance=opened.provenance(),
         batch_sharding=rows,
+        cache_bytes=cache_bytes,
     )
 
 
@@ -243,11 +263,16 @@ def info(
     for name, tree in opened.specs().items():
         towers[name] = TowerInfo(
             config=opened.family.tower(name).config,
-            parameters=sum(math.prod(spec.shape) for spec in tree.values()),
+            parameters=sum(map(math.prod, param_shapes(opened.family.tower(name).config).values())),
             nbytes=sum(spec.nbytes for spec in tree.values()),
             dtypes=tuple(sorted({spec.dtype.name for spec in tree.values()})),
         )
-    return ModelInfo(family=opened.family, towers=towers, provenance=opened.provenance())
+    return ModelInfo(
+        family=opened.family,
+        towers=towers,
+        quantize=opened.metadata.scheme.name if isinstance(opened, _Converted) else None,
+        provenance=opened.provenance(),
+    )
 
 
 def load_tokenizers(

@@ -18,7 +18,7 @@ from clip_jax.convert.layouts import Projection
 from clip_jax.convert.resolve import SourceLike, resolve_all
 from clip_jax.convert.source import sha256
 from clip_jax.convert.verify import verify_tower
-from clip_jax.errors import CheckpointError
+from clip_jax.errors import CheckpointError, ClipJaxError
 from clip_jax.params.cast import float_dtype
 from clip_jax.params.checkpoint import (
     CheckpointMetadata,
@@ -27,6 +27,7 @@ from clip_jax.params.checkpoint import (
     read_specs,
     write_checkpoint,
 )
+from clip_jax.params.quantize import PLAIN, scheme_called
 from clip_jax.params.staging import check_free
 from clip_jax.progress import byte_bar
 from clip_jax.tokenizers import RowTokenizer, choose_tokenizers
@@ -42,6 +43,7 @@ def convert(
     config: Mapping[str, ConfigLike] | None = None,
     text_projection: Projection = "auto",
     tokenizer: str | os.PathLike[str] | Mapping[str, str | os.PathLike[str]] | None = None,
+    quantize: str | None = None,
     verify: bool = False,
     overwrite: bool = False,
     revision: str | None = None,
@@ -65,6 +67,8 @@ def convert(
             `x @ text_projection`, "transpose" as [P, D].
         tokenizer: A tokenizer folder to take instead of the source's, or tower name -> folder. A file of T5 needs
             it unless there is a tokenizer beside it, or in it (GGUF).
+        quantize: "int8" or "int4": writes quantised params (`clip_jax.load` tells what they are), with which
+            `load` needs no more memory than they take.
         verify: Whether to compare what the source computes with what the new checkpoint does (`verify.py`). The
             largest error goes into the metadata.
         overwrite: Whether a checkpoint already at `out` may be replaced.
@@ -77,7 +81,14 @@ def convert(
 
     Raises:
         CheckpointError: The source cannot be read whole, or `out` exists. What is on disk stays as it is.
+        ClipJaxError: Another `quantize`, or `verify` with it.
     """
+    scheme = scheme_called(quantize)
+    if verify and scheme is not PLAIN:
+        raise ClipJaxError(
+            f"verify expects what float32 explains, and finds more in {quantize} by design. Verify a conversion "
+            f"without quantize: its weights are read the same way."
+        )
     if isinstance(source, str) and source.startswith("random:"):
         raise CheckpointError(f"{source} has nothing to convert; `clip_jax.load({source!r}).save(...)` writes it.")
     out = Path(os.path.abspath(out))
@@ -104,12 +115,13 @@ def convert(
     with byte_bar(checkpoint.nbytes, "Converting", progress) as bar:
         write_checkpoint(
             out,
-            checkpoint.parts(None if dtype is None else float_dtype(dtype), bar.update),
+            checkpoint.parts(None if dtype is None else float_dtype(dtype), bar.update, scheme),
             metadata=CheckpointMetadata(
                 family=checkpoint.family.name,
                 configs=configs,
                 provenance=provenance,
                 zero_negative=checkpoint.family.zero_negative,
+                scheme=scheme,
             ),
             tokenizers=tokenizers,
             overwrite=overwrite,

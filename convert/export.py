@@ -30,6 +30,7 @@ from clip_jax.params.checkpoint import (
     tokenizer_folder,
     versions,
 )
+from clip_jax.params.quantize import PLAIN
 from clip_jax.params.shapes import TensorSpec, param_shapes
 from clip_jax.params.staging import check_free, staged_folder
 from clip_jax.progress import byte_bar
@@ -90,7 +91,8 @@ def export(
 
     Raises:
         ClipJaxError: Another format.
-        CheckpointError: The source is no checkpoint of this package, or `out` exists. What is on disk stays as it is.
+        CheckpointError: The source is no checkpoint of this package, or is quantised; or `out` exists. What is on
+            disk stays as it is.
     """
     if format != "hf":
         raise ClipJaxError(f"format must be 'hf', found {format!r}.")
@@ -99,6 +101,11 @@ def export(
         raise CheckpointError(f"{path} is not a folder written by `clip-jax convert`, which is what can be exported.")
     check_free(out, overwrite, MARK)
     metadata = read_metadata(path)
+    if metadata.scheme is not PLAIN:
+        raise CheckpointError(
+            f"{path} is quantised to {metadata.scheme.name}, for which transformers has no names; expected whole "
+            f"weights. Export the checkpoint that it was made of, or convert its source without quantize."
+        )
     family = family_called(metadata.family)
     towers = [tower for tower in family.towers if tower.name in metadata.configs]
     specs = {name: _widest_first(tree) for name, tree in read_specs(path, metadata.configs).items()}

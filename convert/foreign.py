@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from clip_jax.config import ClipTextConfig, TowerConfig
@@ -26,6 +27,7 @@ from clip_jax.convert.source import TensorSource, open_source
 from clip_jax.convert.tower import ForeignTower, open_tower
 from clip_jax.errors import CheckpointError
 from clip_jax.families import Family
+from clip_jax.params.quantize import PLAIN, Scheme, split
 from clip_jax.params.shapes import TensorSpec, layer_groups, unflatten
 from clip_jax.params.shard import Placement
 from clip_jax.progress import byte_bar
@@ -69,12 +71,18 @@ class ForeignCheckpoint:
         return {name: tower.specs() for name, tower in self.towers.items()}
 
     def read_params(
-        self, dtype: np.dtype | None, *, placement: Placement | None = None, progress: bool | None = None
+        self,
+        dtype: np.dtype | None,
+        *,
+        scheme: Scheme = PLAIN,
+        placement: Placement | None = None,
+        progress: bool | None = None,
     ) -> dict[str, Any]:
         """Loads the params, tensor by tensor.
 
         Args:
             dtype: To cast to; None keeps that of the source.
+            scheme: To quantise by.
             placement: Where each parameter goes; None means the default device. Only the parts for devices of this
                 process are read, and cast.
             progress: Whether to show a progress bar; None means on a terminal.
@@ -83,19 +91,21 @@ class ForeignCheckpoint:
             CheckpointError: float16 cannot hold a value, or two copies of a tensor differ.
         """
         with byte_bar(self.nbytes, "Loading", progress) as bar:
-            return {
-                name: unflatten(tower.read_params(dtype, placement and functools.partial(placement, name), bar.update))
-                for name, tower in self.towers.items()
-            }
+            params = {}
+            for name, tower in self.towers.items():
+                places = placement and functools.partial(placement, name)
+                params[name] = unflatten(tower.read_params(dtype, places, bar.update, scheme))
+            return params
 
     def parts(
-        self, dtype: np.dtype | None, update: Callable[[int], object]
-    ) -> Iterator[dict[str, dict[str, np.ndarray]]]:
-        """Tower name -> path -> array, one block of the model in memory at a time.
+        self, dtype: np.dtype | None, update: Callable[[int], object], scheme: Scheme = PLAIN
+    ) -> Iterator[dict[str, dict[str, np.ndarray | jax.Array]]]:
+        """Tower name -> path -> array as it is stored, one block of the model in memory at a time.
 
         Args:
             dtype: To cast to; None keeps that of the source.
             update: Called with the number of source bytes that are done since its last call.
+            scheme: To quantise by.
 
         Raises:
             CheckpointError: float16 cannot hold a value, or two copies of a tensor differ.
@@ -104,7 +114,8 @@ class ForeignCheckpoint:
             tower.check_twins()
             specs = tower.specs()
             for group in layer_groups(specs):
-                yield {name: {path: tower.read(path, dtype) for path in group}}
+                leaves = {path: scheme.quantize(path, tower.read(path, dtype, scheme)) for path in group}
+                yield {name: split(leaves)}
                 update(sum(specs[path].nbytes for path in group))
 
     def provenance(self) -> dict[str, Any]:

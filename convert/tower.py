@@ -6,8 +6,8 @@ import dataclasses
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -20,7 +20,8 @@ from clip_jax.convert.source import TensorSource, open_source
 from clip_jax.convert.state import StateDict, Tensor
 from clip_jax.errors import CheckpointError
 from clip_jax.families import Tower
-from clip_jax.params.cast import cast, param_dtype
+from clip_jax.params.cast import cast
+from clip_jax.params.quantize import PLAIN, Scheme
 from clip_jax.params.shapes import TensorSpec, param_shapes
 from clip_jax.params.shard import Index, sharded_array
 from clip_jax.tokenizers import ClipTokenizer, RowTokenizer, read_tokenizer
@@ -64,16 +65,16 @@ class ForeignTower:
         shapes = param_shapes(self.config)
         return {p: TensorSpec(shapes[p], _stored_dtype(self.state[key])) for p, (key, _) in self.map.keys.items()}
 
-    def read(self, path: str, dtype: np.dtype | None) -> np.ndarray:
-        """One parameter for a tower in `dtype` (None: that of `specs`); it may be a view of the file."""
-        return self.reader(path, dtype)(())
+    def read(self, path: str, dtype: np.dtype | None, scheme: Scheme = PLAIN) -> np.ndarray:
+        """One parameter for a tower in `dtype` (None: that of `specs`), or to be quantised; it may be a view."""
+        return self.reader(path, dtype, scheme)(())
 
-    def reader(self, path: str, dtype: np.dtype | None) -> Callable[[Index], np.ndarray]:
+    def reader(self, path: str, dtype: np.dtype | None, scheme: Scheme = PLAIN) -> Callable[[Index], np.ndarray]:
         """What reads a part of one parameter, as `read` does; of a file, no bytes of other parts but on their pages."""
         key, transposed = self.map.keys[path]
         tensor = self.state[key]
         array = to_flax(tensor.read(), transposed)
-        wanted = _stored_dtype(tensor) if dtype is None else param_dtype(path, dtype)
+        wanted = scheme.read_dtype(path, _stored_dtype(tensor), dtype)
         return lambda index: np.ascontiguousarray(cast(array[index], wanted, tensor.key))
 
     def read_params(
@@ -81,7 +82,8 @@ class ForeignTower:
         dtype: np.dtype | None,
         placement: Callable[[str, TensorSpec], Sharding] | None,
         update: Callable[[int], object],
-    ) -> dict[str, jax.Array]:
+        scheme: Scheme = PLAIN,
+    ) -> dict[str, Any]:
         """Path -> parameter, tensor by tensor.
 
         Args:
@@ -89,6 +91,7 @@ class ForeignTower:
             placement: Where a parameter goes, by its path, and its shape and dtype as stored; None means the default
                 device. Only the parts for devices of this process are read, and cast.
             update: Called with the number of source bytes that are done since its last call.
+            scheme: To quantise by.
 
         Raises:
             CheckpointError: float16 cannot hold a value, or two copies of a tensor differ.
@@ -98,9 +101,10 @@ class ForeignTower:
         for path, spec in self.specs().items():
             if placement is None:
                 # A copy: on a CPU, device_put would take an aligned view of the file as it is.
-                leaves[path] = jnp.array(self.read(path, dtype))
+                array = jnp.array(self.read(path, dtype, scheme))
             else:
-                leaves[path] = sharded_array(spec.shape, placement(path, spec), self.reader(path, dtype))
+                array = sharded_array(spec.shape, placement(path, spec), self.reader(path, dtype, scheme))
+            leaves[path] = scheme.quantize(path, array)
             update(spec.nbytes)
         return leaves
 

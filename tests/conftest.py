@@ -1,6 +1,7 @@
 """What every test gets: full float32 products, and one small pipeline on disk."""
 
 import os
+import tempfile
 from pathlib import Path
 
 import jax
@@ -14,6 +15,13 @@ jax.config.update("jax_default_matmul_precision", "float32")
 # start get the same programs; tests/parity runs those that users run.
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 jax.config.update("jax_disable_most_optimizations", True)
+
+
+# The command line keeps compiled programs in the user's folder: not those of tests, and no test gets another's.
+_CACHE_FOLDER = tempfile.TemporaryDirectory(prefix="clip-jax-tests-")
+os.environ["XDG_CACHE_HOME"] = _CACHE_FOLDER.name
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+jax.config.update("jax_enable_compilation_cache", False)
 
 
 @pytest.fixture(scope="session")
@@ -30,5 +38,5 @@ def tiny_sd21(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def encoder(tiny_sd15: Path) -> clip_jax.TextEncoder:
-    """The small text encoder, loaded."""
-    return clip_jax.load(tiny_sd15, family="sd15")
+    """The small text encoder, loaded; without a cache, so that every call computes."""
+    return clip_jax.load(tiny_sd15, family="sd15", cache_bytes=0)

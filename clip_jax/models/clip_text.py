@@ -27,6 +27,7 @@ from clip_jax.config import ClipTextConfig
 from clip_jax.errors import ClipJaxError
 from clip_jax.models import functional
 from clip_jax.models.axes import bias_init, with_axes
+from clip_jax.models.quantized import Dense, Embed
 
 
 @jax.tree_util.register_dataclass
@@ -58,8 +59,8 @@ class _Module(nn.Module):
     param_dtype: jax.typing.DTypeLike = jnp.float32
     legacy_dtypes: bool = False
 
-    def dense(self, features: int, name: str, use_bias: bool = True) -> nn.Dense:
-        return nn.Dense(
+    def dense(self, features: int, name: str, use_bias: bool = True) -> Dense:
+        return Dense(
             features,
             use_bias,
             dtype=self.dtype,
@@ -79,8 +80,8 @@ class _Module(nn.Module):
             name=name,
         )
 
-    def embed(self, rows: int, name: str) -> nn.Embed:
-        return nn.Embed(
+    def embed(self, rows: int, name: str) -> Embed:
+        return Embed(
             rows,
             self.config.hidden_size,
             dtype=None if self.legacy_dtypes else self.dtype,  # None is that of the parameter

@@ -26,6 +26,7 @@ import numpy as np
 
 from clip_jax.models import functional
 from clip_jax.models.axes import with_axes
+from clip_jax.models.quantized import Dense, Embed
 from clip_jax.t5_config import T5EncoderConfig
 
 
@@ -54,8 +55,8 @@ class _Module(nn.Module):
     param_dtype: jax.typing.DTypeLike = jnp.float32
     legacy_dtypes: bool = False
 
-    def dense(self, features: int, name: str, dtype: jax.typing.DTypeLike | None = None, gain: float = 1.0) -> nn.Dense:
-        return nn.Dense(
+    def dense(self, features: int, name: str, dtype: jax.typing.DTypeLike | None = None, gain: float = 1.0) -> Dense:
+        return Dense(
             features,
             use_bias=False,
             dtype=self.dtype if dtype is None else dtype,
@@ -218,7 +219,7 @@ class T5Encoder(_Module):
             attention_mask: [B, L], nonzero for tokens to attend to; None means all, pads included, as
                 diffusers calls T5 in SD 3 and FLUX.
         """
-        embed = nn.Embed(
+        embed = Embed(
             self.config.vocab_size,
             self.config.d_model,
             dtype=self.dtype,

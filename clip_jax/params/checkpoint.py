@@ -25,7 +25,8 @@ import numpy as np
 
 from clip_jax.config import TowerConfig, config_from_hf
 from clip_jax.errors import CheckpointError
-from clip_jax.params.cast import check_range, param_dtype
+from clip_jax.params.cast import check_range
+from clip_jax.params.quantize import PLAIN, Scheme, join, scheme_called
 from clip_jax.params.shapes import (
     TensorSpec,
     check_shapes,
@@ -38,7 +39,8 @@ from clip_jax.params.shard import Placement
 from clip_jax.params.staging import staged_folder
 from clip_jax.progress import byte_bar
 
-_FORMAT, _FORMAT_VERSION, _FILES = "clip_jax", 1, "files.json"
+# Version 2 is quantised; what is not keeps version 1, which older ones of this package read.
+_FORMAT, _FORMAT_VERSION, _FILES = "clip_jax", 2, "files.json"
 # Parameters are read in groups of about this size: enough to keep the disk busy, little beside the params.
 _READ_BYTES = 256 * 2**20
 # A process that wants a part of a parameter reads all chunks that it touches; small ones take memory to write.
@@ -62,12 +64,14 @@ class CheckpointMetadata:
         provenance: Where the weights come from: source files with sha256, format, dtypes, ignored keys,
             versions of the libraries that wrote it. JSON.
         zero_negative: Whether no negative prompt means zeros (`Family.zero_negative`).
+        scheme: How the parameters are quantised.
     """
 
     family: str
     configs: dict[str, TowerConfig]
     provenance: dict[str, Any]
     zero_negative: bool = False
+    scheme: Scheme = PLAIN
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -83,16 +87,18 @@ def write_checkpoint(
     metadata: CheckpointMetadata,
     tokenizers: Mapping[str, SavesFiles],
     overwrite: bool = False,
+    extra: Callable[[Path], None] | None = None,
     check: Callable[[Path], dict[str, Any]] | None = None,
 ) -> None:
     """Writes a checkpoint part by part, each twice in memory at most; `out` appears whole or not at all.
 
     Args:
         out: The folder to make.
-        parts: Each maps tower name -> path -> array, e.g. the parameters of one layer.
+        parts: Each maps tower name -> path -> array, e.g. the parameters of one layer; quantised ones are split.
         metadata: Stored as Orbax's custom metadata.
         tokenizers: Tower name -> tokenizer.
         overwrite: Whether an existing checkpoint may be replaced; it is kept until the new one is whole.
+        extra: Writes more files into the folder; not at its top.
         check: Called with the new checkpoint before it appears; what it returns becomes part of the provenance, and
             what it raises leaves everything as it was.
 
@@ -110,16 +116,17 @@ def write_checkpoint(
 
     stored = {
         "format": _FORMAT,
-        "format_version": _FORMAT_VERSION,
+        "format_version": 1 if metadata.scheme is PLAIN else _FORMAT_VERSION,
         "family": metadata.family,
         "zero_negative": metadata.zero_negative,
+        "quantize": metadata.scheme.name,
         "towers": {name: {"config": config.to_hf()} for name, config in metadata.configs.items()},
         "provenance": {**metadata.provenance, "written_by": versions()},
     }
     context = ocp.Context()
     # Compression would save a tenth (float32) to a fifth (bfloat16) of the disk, but take half as long again to
-    # read, and twice the memory to write.
-    context.array.saving.use_compression = False
+    # read, and twice the memory to write. But Orbax gives int4 a byte, which compression takes back.
+    context.array.saving.use_compression = metadata.scheme.name == "int4"
     context.array.saving.storage_options.chunk_byte_size = _CHUNK_BYTES
     with staged_folder(out, overwrite=overwrite) as folder, context, _quiet_orbax():
         custom_metadata: dict[str, Any] | None = stored
@@ -135,6 +142,8 @@ def write_checkpoint(
             for name, tokenizer in tokenizers.items():
                 tokenizer_folder(folder, name).mkdir(parents=True)
                 tokenizer.save(tokenizer_folder(folder, name))
+            if extra is not None:
+                extra(folder)
             # Without the files at the top: they are small, and Orbax's own.
             sizes = {str(p.relative_to(folder)): p.stat().st_size for p in folder.rglob("*/*") if p.is_file()}
             (folder / _FILES).write_text(json.dumps(sizes, indent=1))
@@ -192,6 +201,7 @@ def read_metadata(path: Path) -> CheckpointMetadata:
             configs=configs,
             provenance=stored["provenance"],
             zero_negative=stored["zero_negative"],
+            scheme=scheme_called(stored.get("quantize")),
         )
     except (OSError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
@@ -217,11 +227,28 @@ def tokenizer_folder(path: Path, tower: str) -> Path:
     return path / "tokenizers" / tower
 
 
-def read_specs(path: Path, configs: Mapping[str, TowerConfig]) -> dict[str, dict[str, TensorSpec]]:
-    """Tower name -> path -> shape and dtype of the stored parameters, compared with the architecture.
+def read_specs(
+    path: Path, configs: Mapping[str, TowerConfig], scheme: Scheme = PLAIN
+) -> dict[str, dict[str, TensorSpec]]:
+    """Tower name -> path -> shape and dtype of the stored arrays, compared with the architecture.
 
     Raises:
-        CheckpointError: The stored tree is not that of `configs`.
+        CheckpointError: The stored tree is not that of `configs`, quantised by `scheme`.
+    """
+    specs = stored_specs(path)
+    if sorted(specs) != sorted(configs):
+        raise CheckpointError(f"{path} holds the towers {sorted(specs)}, its metadata says {sorted(configs)}.")
+    for tower, config in configs.items():
+        found = {p: spec.shape for p, spec in specs[tower].items()}
+        check_shapes(scheme.stored_shapes(param_shapes(config)), found, f"Tower {tower} of {path}")
+    return specs
+
+
+def stored_specs(path: Path) -> dict[str, dict[str, TensorSpec]]:
+    """Tower name -> path -> shape and dtype of the stored parameters, whatever they are.
+
+    Raises:
+        CheckpointError: Orbax cannot list them.
     """
     from orbax.checkpoint import v1 as ocp
 
@@ -232,16 +259,10 @@ def read_specs(path: Path, configs: Mapping[str, TowerConfig]) -> dict[str, dict
         raise _damaged(path, error) from error
     if stored is None:  # what Orbax says of params that are not there, or too damaged to be listed
         raise _damaged(path, "it lists no params")
-    specs = {
+    return {
         tower: {p: TensorSpec(tuple(leaf.shape), np.dtype(leaf.dtype)) for p, leaf in flatten(tree).items()}
         for tower, tree in stored.items()
     }
-    if sorted(specs) != sorted(configs):
-        raise CheckpointError(f"{path} holds the towers {sorted(specs)}, its metadata says {sorted(configs)}.")
-    for tower, config in configs.items():
-        found = {p: spec.shape for p, spec in specs[tower].items()}
-        check_shapes(param_shapes(config), found, f"Tower {tower} of {path}")
-    return specs
 
 
 def read_params(
@@ -249,16 +270,18 @@ def read_params(
     specs: Mapping[str, Mapping[str, TensorSpec]],
     dtype: np.dtype | None,
     *,
+    scheme: Scheme = PLAIN,
     towers: Collection[str] | None = None,
     placement: Placement | None = None,
     progress: bool | None = None,
 ) -> dict[str, Any]:
-    """Loads the params, cast to `dtype` (None keeps what is stored).
+    """Loads the params, cast to `dtype` (None keeps what is stored); what is quantised stays as it is.
 
     Args:
         path: The checkpoint.
         specs: All that it holds.
         dtype: To cast to.
+        scheme: To quantise by.
         towers: Those to load; None means all.
         placement: Where each parameter goes; None means the default device. Every process reads the parts of its own
             devices.
@@ -271,10 +294,10 @@ def read_params(
     leaves: dict[str, dict[str, jax.Array]] = {}
     total = sum(spec.nbytes for tower in towers for spec in specs[tower].values())
     with byte_bar(total, "Loading", progress) as bar:
-        for tower, p, leaf in iter_params(path, specs, dtype, towers, placement):
-            leaves.setdefault(tower, {})[p] = leaf
+        for tower, p, leaf in iter_params(path, specs, dtype, towers, placement, scheme):
+            leaves.setdefault(tower, {})[p] = scheme.quantize(p, leaf)
             bar.update(specs[tower][p].nbytes)
-    return {tower: unflatten(tree) for tower, tree in leaves.items()}
+    return {tower: unflatten(join(tree)) for tower, tree in leaves.items()}
 
 
 def iter_params(
@@ -283,12 +306,13 @@ def iter_params(
     dtype: np.dtype | None,
     towers: Collection[str],
     placement: Placement | None = None,
+    scheme: Scheme = PLAIN,
 ) -> Iterator[tuple[str, str, jax.Array]]:
-    """Tower, path and array of every parameter of some towers, a few hundred MB at a time; as in `read_params`."""
+    """Tower, path and stored array of some towers, a few hundred MB at a time; as in `read_params`, to be quantised."""
     flat = {(tower, p): spec for tower, tree in specs.items() for p, spec in tree.items()}
     for group in _groups({key: spec for key, spec in flat.items() if key[0] in towers}):
         with _quiet_orbax():
-            read = _read_group(path, flat, group, dtype, placement)
+            read = _read_group(path, flat, group, dtype, placement, scheme)
         for tower, p in group:
             leaf = read.pop((tower, p))
             if leaf.dtype == jnp.float16 and flat[tower, p].dtype != np.float16:
@@ -313,6 +337,7 @@ def _read_group(
     group: list[tuple[str, str]],
     dtype: np.dtype | None,
     placement: Placement | None,
+    scheme: Scheme,
 ) -> dict[tuple[str, str], jax.Array]:
     from orbax.checkpoint import v1 as ocp
 
@@ -321,7 +346,7 @@ def _read_group(
     for (tower, p), spec in flat.items():
         abstract.setdefault(tower, {})[p] = ocp.PLACEHOLDER
         if (tower, p) in wanted:
-            kept = spec.dtype if dtype is None else param_dtype(p, dtype)
+            kept = scheme.read_dtype(p, spec.dtype, dtype)
             # Without a sharding in every leaf Orbax takes the one of the machine that wrote the checkpoint.
             sharding = (placement or _default_device)(tower, p, spec)
             abstract[tower][p] = jax.ShapeDtypeStruct(spec.shape, kept, sharding=sharding)

@@ -11,6 +11,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 from flax import traverse_util
 
@@ -34,8 +35,9 @@ class TensorSpec:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that it takes in memory."""
-        return math.prod(self.shape) * self.dtype.itemsize
+        """Bytes that it takes in memory, int4 packed two to a byte (as jax does from 0.12 on)."""
+        bits = 4 if self.dtype == ml_dtypes.int4 else 8 * self.dtype.itemsize
+        return -(-math.prod(self.shape) * bits // 8)
 
 
 @functools.cache

@@ -23,6 +23,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from clip_jax.config import ClipTextConfig, TowerConfig
 from clip_jax.errors import ClipJaxError
 from clip_jax.params.cast import float_dtype, param_dtype
+from clip_jax.params.quantize import owner_of
 from clip_jax.params.shapes import TensorSpec, param_axes, param_shapes
 
 #: (logical axis, mesh axis or several or None), the most important first.
@@ -83,8 +84,17 @@ def batch_sharding(mesh: Mesh | AbstractMesh, rules: Rules | None = None) -> Nam
 
 
 def placed_by(shardings: Mapping[str, Mapping[str, Sharding]]) -> Placement:
-    """What the readers of checkpoints take, for a tree of shardings."""
-    return lambda tower, path, spec: shardings[tower][path]  # noqa: ARG005
+    """What the readers of checkpoints take, for a tree of shardings; scales go where what they scale goes."""
+    return lambda tower, path, spec: _fitted(shardings[tower][owner_of(path)], spec.shape)
+
+
+def _fitted(sharding: Sharding, shape: tuple[int, ...]) -> Sharding:
+    """`sharding` for an array that may be smaller: whole along dimensions that do not divide, as one of size 1."""
+    if not isinstance(sharding, NamedSharding):
+        return sharding
+    devices = [math.prod(sharding.mesh.shape[axis] for axis in _names(axes)) for axes in sharding.spec]
+    split = [axes if size % n == 0 else None for axes, size, n in zip(sharding.spec, shape, devices, strict=False)]
+    return NamedSharding(sharding.mesh, PartitionSpec(*split))
 
 
 def device_bytes(configs: Mapping[str, TowerConfig], shardings: Shardings, dtype: jax.typing.DTypeLike) -> int:

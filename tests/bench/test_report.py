@@ -172,3 +172,27 @@ def test_formats_have_a_table_of_their_own():
     assert header.startswith("| model and format | files, MiB |")
     assert row == "| T5 in GGUF | 5,000 | 9,000 | 1,175 | 275 | 10% |"
     assert caption.endswith("jax 0.1, gguf 0.2 on Python 3.11.7; 2026-01-02; `formats.json`.")
+
+
+QUANTIZED = {
+    "date": "2026-01-02T03:04:05+00:00",
+    "machine": "x86_64",
+    "device": "cpu",
+    "python": "3.13.0",
+    "versions": {"jax": "0.1", "qwix": "0.2"},
+    "prompts": 24,
+    "quantized": {
+        "sd15": {
+            "float32": {"bytes": 400_000_000},
+            "int8": {"bytes": 100_040_000, "min_cosine": 0.99912345, "mean_cosine": 0.9996, "relative_error": 0.0321},
+        }
+    },
+}
+
+
+def test_quantised_params_have_a_table_of_their_own():
+    *_, whole, low, _, caption = render(QUANTIZED, "quantize.json").splitlines()
+    assert whole == "| sd15 | float32 | 400.0 | 100% |  |  |  |"
+    assert low == "| sd15 | int8 | 100.0 | 25% | 0.99912 | 0.99960 | 3.2% |"
+    assert "over 24 prompts; random weights of the full size, on CPU (x86_64);" in caption
+    assert caption.endswith("jax 0.1, qwix 0.2 on Python 3.13.0; 2026-01-02; `quantize.json`.")

@@ -108,8 +108,8 @@ def edit_metadata(path, change):
 
 
 def test_a_newer_format_is_refused(copy):
-    edit_metadata(copy, lambda m: m.update(format_version=2))
-    with pytest.raises(CheckpointError, match="format version 2.*reads up to 1. Upgrade"):
+    edit_metadata(copy, lambda m: m.update(format_version=3))
+    with pytest.raises(CheckpointError, match="format version 3.*reads up to 2. Upgrade"):
         clip_jax.load(copy)
 
 

@@ -1,7 +1,8 @@
 """`clip_jax.compat` beside transformers 5 itself: its config objects, its weights, its namespace, torch's numbers."""
 
-import importlib
+import importlib.util
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +13,11 @@ import transformers
 
 import clip_jax.compat
 from clip_jax.compat import FlaxCLIPTextModel, FlaxCLIPTextModelWithProjection, FlaxT5EncoderModel
+from clip_jax.tokenizers import ClipTokenizer
+from clip_jax.tokenizers.stand_in import stand_in_t5_tokenizer
 
 TOLERANCE = 2e-5  # that of parity
+ROOT = Path(__file__).parents[2]
 
 IDS = np.random.RandomState(0).randint(3, 98, (2, 12))
 IDS[:, 9:] = 98
@@ -118,3 +122,32 @@ def test_names_are_looked_up_on_transformers(case):
     finally:
         clip_jax.compat.uninstall()
     assert not hasattr(transformers, f"Flax{name}")
+
+
+@pytest.mark.parametrize("case", ["CLIPTextModel", "T5EncoderModel"], indirect=True)
+def test_the_loading_functions_for_maxdiffusion(case):
+    """`examples/maxdiffusion_text_encoders.py`, with a config as maxdiffusion's is: no such key is a ValueError."""
+    reference, cls, folder = case
+
+    class Config:
+        weights_dtype = jnp.dtype("bfloat16")
+        max_sequence_length = 12
+        clip_model_name_or_path = t5xxl_model_name_or_path = str(folder)
+        clip_model_subfolder = t5xxl_model_subfolder = "torch"
+
+        def __getattr__(self, name):
+            raise ValueError(f"no {name}")
+
+    spec = importlib.util.spec_from_file_location("example", ROOT / "examples" / "maxdiffusion_text_encoders.py")
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    tokenizer = ClipTokenizer.packaged() if cls is FlaxCLIPTextModel else stand_in_t5_tokenizer()
+    tokenizer.save(folder)
+    kind = "clip" if cls is FlaxCLIPTextModel else "t5"
+    encoder, tokenizer = getattr(example, f"load_{kind}_encoder_and_tokenizer")(Config())
+    assert len(tokenizer("a cat", padding="max_length").input_ids) == {"clip": 77, "t5": 12}[kind]
+    with torch.no_grad():
+        wanted = reference(torch.tensor(IDS))["pooler_output" if kind == "clip" else "last_hidden_state"].numpy()
+    found = encoder(IDS)
+    assert found.dtype == jnp.bfloat16
+    assert np.linalg.norm(np.asarray(found, np.float32) - wanted) <= 0.02 * np.linalg.norm(wanted)

@@ -21,6 +21,7 @@ from clip_jax.compat import FlaxCLIPTextModel, FlaxT5EncoderModel
 from clip_jax.convert.foreign import ForeignCheckpoint, open_foreign
 from clip_jax.convert.tower import ForeignTower
 from clip_jax.params import checkpoint as ckpt
+from clip_jax.params.quantize import SCHEMES
 from clip_jax.params.shapes import flatten, unflatten
 from clip_jax.params.shard import Index, device_bytes, param_shardings, placed_by, sharded_array
 from tests.sharding.small import CLIP, PROMPTS, T5, bytes_by_device, collectives, encode, largest_error, same_parts
@@ -68,6 +69,7 @@ def main(sources: Path) -> None:
     results["one prompt"] = {"error": largest_error(one, reference(sources / "sd15.npz", 1))}
     results["saved"] = saved(encoders["flux, both"], whole["flux"], sources / "saved")
     results["low"] = low(sources, whole["flux"])
+    results["quantized"] = {name: quantized(sources / "sd15", name) for name in SCHEMES}
     results["compat"] = compat(sources / "flux", whole["flux"])
     results["reads"] = reads(open_foreign([sources / "sdxl"]))
     results["controls"] = controls(encoders["flux, both"], programs)
@@ -129,6 +131,29 @@ def low(sources: Path, whole: Any) -> dict[str, Any]:
     }
 
 
+def quantized(source: Path, name: str) -> dict[str, Any]:
+    """Quantised on one device, part by part while a foreign checkpoint is read, and from a checkpoint."""
+    whole = clip_jax.load(source, family="sd15", quantize=name)
+    whole.save(source.parent / f"sd15 {name}")
+    mesh = mesh_of({"data": 2, "fsdp": 2, "tensor": 2})
+    made = clip_jax.load(source, family="sd15", quantize=name, mesh=mesh)
+    read = clip_jax.load(source.parent / f"sd15 {name}", mesh=mesh)
+
+    def embeds(encoder: clip_jax.TextEncoder) -> np.ndarray:
+        # Not by `encoder.encode`, of which programs are recorded: jax 0.10 takes no sharded int4 in `compiled(...)`.
+        tokens = encoder.tokenize(PROMPTS)
+        return np.asarray(clip_jax.text_embeddings(encoder.params, tokens, family=encoder.family).prompt_embeds)
+
+    exact = embeds(clip_jax.load(source, family="sd15"))
+    out = {key: embeds(each) for key, each in (("one", whole), ("made", made), ("read", read))}
+    return {
+        "same params": same_parts(made.params, whole.params) and same_parts(read.params, whole.params),
+        "shardings": [[str(leaf.sharding.spec) for leaf in jax.tree.leaves(e.params)] for e in (made, read)],
+        "bytes": [bytes_by_device(each.params) for each in (made, read)],
+        "errors": {key: float(np.linalg.norm(array - exact) / np.linalg.norm(exact)) for key, array in out.items()},
+    }
+
+
 def compat(source: Path, whole: Any) -> dict[str, Any]:
     """A pipeline that shards the drop-in classes by its own rules: read straight to their parts, and called."""
     mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(2, 4), ("fsdp", "tensor"))
@@ -157,9 +182,9 @@ def reads(opened: ForeignCheckpoint) -> dict[str, Any]:
     sizes: list[tuple[str, int]] = []
     reader = ForeignTower.reader
 
-    def counted(tower: ForeignTower, path: str, dtype: Any) -> Callable[[Index], np.ndarray]:
+    def counted(tower: ForeignTower, path: str, dtype: Any, scheme: Any) -> Callable[[Index], np.ndarray]:
         def part(index: Index) -> np.ndarray:
-            array = reader(tower, path, dtype)(index)
+            array = reader(tower, path, dtype, scheme)(index)
             sizes.append((path, array.size))
             return array
 

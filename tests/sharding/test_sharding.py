@@ -17,6 +17,7 @@ from jax.sharding import AbstractMesh, PartitionSpec
 
 import clip_jax
 from clip_jax.convert import convert
+from clip_jax.params.quantize import SCHEMES
 from clip_jax.params.shapes import param_shapes
 from clip_jax.params.shard import batch_sharding, device_bytes, idle_axes, param_shardings
 from tests.sharding.small import CLIP, PROMPTS, T5, encode, outputs, write_small
@@ -137,6 +138,18 @@ def test_flax_rules_shard_the_drop_in_classes(devices, tower, config):
     kernels = sum(size for path, size in shapes.items() if path.endswith("kernel"))  # by all eight
     rest = sum(shapes.values()) - tables - kernels
     assert max(found["bytes"]) <= tables / 2 + kernels / 8 + rest
+
+
+@pytest.mark.parametrize("name", list(SCHEMES))
+def test_quantised_params_are_split_as_others_are(devices, name):
+    """Scales go with what they scale, whether parts are quantised as they are read or were before."""
+    found = devices["quantized"][name]
+    assert found["same params"]
+    made, read = found["shardings"]
+    assert made == read
+    assert len({size for sizes in found["bytes"] for size in sizes}) == 1
+    # A sum in another order may round an activation to another step: what counts is the error to float32.
+    assert max(found["errors"].values()) <= 1.2 * found["errors"]["one"]
 
 
 def test_every_number_of_a_source_is_read_once(devices):

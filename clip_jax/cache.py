@@ -1,0 +1,240 @@
+"""Embeddings that were computed before: bounded, thread-safe, one entry for each encoded prompt.
+
+A prompt is known by its token ids and by what else decides its rows, not by the prompts beside it: a new prompt with
+a known negative is encoded alone, and equal prompts of a batch are encoded once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import operator
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from clip_jax.structs import TextEmbeddings, Tokens
+
+#: How much is held where nothing else is said: about five hundred prompts of SD 1.5 with their negatives, in float32.
+CACHE_BYTES = 256 * 2**20
+
+#: Layers to leave out for the negative prompts and for the prompts.
+Skips = tuple[int | None, int | None]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CacheStats:
+    """What a cache has done, and holds.
+
+    Attributes:
+        hits: Rows that were there: prompts, negative ones included.
+        misses: Rows that had to be encoded.
+        entries: Rows and results of whole calls that are held.
+        nbytes: Bytes that they take.
+        max_bytes: Bytes that they may take.
+    """
+
+    hits: int
+    misses: int
+    entries: int
+    nbytes: int
+    max_bytes: int
+
+
+class EmbeddingCache:
+    """The least recently used entry goes first. All methods may be called from several threads."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self._lock = threading.Lock()
+        self._entries: OrderedDict[Hashable, tuple[TextEmbeddings, int]] = OrderedDict()
+        self._nbytes = self._hits = self._misses = 0
+        self._state: list[object] = []
+        self._generation = 0
+
+    def renew(self, state: Iterable[object]) -> int:
+        """Forgets everything unless `state` is made of the very objects that it was made of at the last call.
+
+        Args:
+            state: All that entries depend on beside their keys: params, architectures, tokenizers.
+
+        Returns:
+            A number for `put`, which is another one once something has been forgotten.
+        """
+        state = list(state)
+        with self._lock:
+            if len(state) != len(self._state) or not all(map(operator.is_, state, self._state)):
+                self._forget()
+                self._state = state
+            return self._generation
+
+    def get(self, key: Hashable) -> TextEmbeddings | None:
+        """What is held under `key`: rows, or the result of a whole call."""
+        with self._lock:
+            found = self._entries.get(key)
+            if found is None:
+                return None
+            self._entries.move_to_end(key)
+            self._hits += len(found[0].prompt_embeds)
+            return found[0]
+
+    def put(self, key: Hashable, value: TextEmbeddings, generation: int) -> None:
+        """Holds `value`, unless it is too large, or was computed before something was forgotten."""
+        leaves = jax.tree.leaves(value)
+        size = sum(leaf.nbytes for leaf in leaves)
+        if size > self.max_bytes or any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+            return
+        with self._lock:
+            if generation != self._generation:
+                return
+            self._nbytes += size - self._entries.pop(key, (value, 0))[1]
+            self._entries[key] = value, size
+            while self._nbytes > self.max_bytes:
+                self._nbytes -= self._entries.popitem(last=False)[1][1]
+
+    def missed(self, rows: int) -> None:
+        """Counts rows that had to be encoded."""
+        with self._lock:
+            self._misses += rows
+
+    def clear(self) -> None:
+        """Forgets everything, and starts counting anew."""
+        with self._lock:
+            self._forget()
+            self._hits = self._misses = 0
+
+    def stats(self) -> CacheStats:
+        """What it has done, and holds."""
+        with self._lock:
+            return CacheStats(
+                hits=self._hits,
+                misses=self._misses,
+                entries=len(self._entries),
+                nbytes=self._nbytes,
+                max_bytes=self.max_bytes,
+            )
+
+    def _forget(self) -> None:
+        self._entries.clear()
+        self._nbytes = 0
+        self._generation += 1
+
+
+def call_key(prompts: Sequence[object], *options: Hashable) -> Hashable | None:
+    """What a whole call is known by; None where it is no call that could succeed."""
+    frozen = [tuple(given) if isinstance(given, list) else given for given in prompts]
+    try:
+        hash(key := (*frozen, *options))
+    except TypeError:
+        return None
+    return key
+
+
+def encode_cached(
+    cache: EmbeddingCache,
+    generation: int,
+    tokens: Tokens,
+    skips: Skips,
+    run: Callable[[Tokens, Skips], TextEmbeddings],
+) -> TextEmbeddings:
+    """What `run(tokens, skips)` returns, of which only rows that are not held are computed, each once.
+
+    If none is, and no two are equal, `run` is called once for all and its result returned as it is.
+
+    Args:
+        cache: Where rows are looked up, and put.
+        generation: What `renew` has returned.
+        tokens: Ids on the host, [B, L] for every tower.
+        skips: Part of what a row is known by.
+        run: Encodes ids; negative prompts and prompts, or prompts alone.
+    """
+    sides = [(skips[0], tokens.uncond), (skips[1], tokens.cond)]
+    keys = [_keys(skip, side, tokens) for skip, side in sides if side is not None]
+    order = [key for side in keys for key in side]
+    rows = {key: found for key in dict.fromkeys(order) if (found := cache.get(key)) is not None}
+    missing = [list(dict.fromkeys(key for key in side if key not in rows)) for side in keys]
+    missing[1:] = [[key for key in side if key not in missing[0]] for side in missing[1:]]
+    cache.missed(sum(map(len, missing)))
+    whole = sum(map(len, missing)) == len(order)
+    if whole:
+        out = run(tokens, skips)
+        encoded = out.cond if tokens.zero_uncond else out
+        rows = dict(zip(order, _split(encoded), strict=True))
+    for wanted in _batches(missing) if not whole else []:
+        part, part_skips = _part(tokens, skips, keys, wanted)
+        rows |= dict(zip((key for side in wanted for key in side), _split(run(part, part_skips)), strict=True))
+    for side in missing:
+        for key in side:
+            cache.put(key, rows[key], generation)
+    if whole:
+        return out
+    return _joined([rows[key] for key in order], zeros=tokens.zero_uncond, guidance=tokens.zero_uncond or len(keys) > 1)
+
+
+def _keys(skip: int | None, side: dict[str, np.ndarray | jax.Array], tokens: Tokens) -> list[Hashable]:
+    """What each row of ids is known by."""
+    towers = [np.ascontiguousarray(ids) for ids in side.values()]
+    return [
+        (skip, tokens.max_sequence_length, *(ids[row].tobytes() for ids in towers)) for row in range(len(towers[0]))
+    ]
+
+
+def _batches(missing: Sequence[list[Hashable]]) -> list[list[list[Hashable]]]:
+    """Which rows to encode together, by side: as many negative prompts as prompts fill one program."""
+    if len(missing) == 2 and len(missing[0]) == len(missing[1]) > 0:
+        return [list(missing)]
+    empty: list[list[list[Hashable]]] = [[[] for _ in missing] for _ in missing]
+    for number, side in enumerate(missing):
+        empty[number][number] = side
+    return [batch for batch in empty if any(batch)]
+
+
+def _part(
+    tokens: Tokens, skips: Skips, keys: Sequence[list[Hashable]], wanted: Sequence[list[Hashable]]
+) -> tuple[Tokens, Skips]:
+    """The ids of the wanted rows of each side; those of one side alone are prompts, whichever side it is."""
+    ids = [side for side in (tokens.uncond, tokens.cond) if side is not None]
+    parts = [
+        (skip, {tower: np.asarray(rows)[[known.index(key) for key in some]] for tower, rows in side.items()})
+        for skip, side, known, some in zip(skips[-len(ids) :], ids, keys, wanted, strict=True)
+        if some
+    ]
+    *uncond, (skip, cond) = parts
+    part = dataclasses.replace(tokens, cond=cond, uncond=uncond[0][1] if uncond else None, zero_uncond=False)
+    return part, (uncond[0][0] if uncond else None, skip)
+
+
+@jax.jit
+def _split(embeddings: TextEmbeddings) -> list[TextEmbeddings]:
+    """One result for each row, each [1, L, D]."""
+    pooled = embeddings.pooled_prompt_embeds
+    return [
+        TextEmbeddings(
+            prompt_embeds=embeddings.prompt_embeds[row : row + 1],
+            pooled_prompt_embeds=None if pooled is None else pooled[row : row + 1],
+            text_ids=embeddings.text_ids,
+            guidance=False,
+        )
+        for row in range(len(embeddings.prompt_embeds))
+    ]
+
+
+@functools.partial(jax.jit, static_argnames=("zeros", "guidance"))
+def _joined(rows: Sequence[TextEmbeddings], *, zeros: bool, guidance: bool) -> TextEmbeddings:
+    """Rows one after the other, after as many rows of zeros if there are to be such."""
+
+    def join(parts: Sequence[jax.Array]) -> jax.Array:
+        joined = jnp.concatenate(parts)
+        return jnp.concatenate([jnp.zeros_like(joined), joined]) if zeros else joined
+
+    pooled = [row.pooled_prompt_embeds for row in rows if row.pooled_prompt_embeds is not None]
+    return TextEmbeddings(
+        prompt_embeds=join([row.prompt_embeds for row in rows]),
+        pooled_prompt_embeds=join(pooled) if pooled else None,
+        text_ids=rows[0].text_ids,
+        guidance=guidance,
+    )

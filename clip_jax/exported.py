@@ -1,0 +1,87 @@
+"""`load_exported`: a folder of `TextEncoder.export` -> an encoder that runs the programs in it."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+
+import jax
+
+from clip_jax.cache import CACHE_BYTES
+from clip_jax.encoder import TextEncoder
+from clip_jax.errors import CheckpointError, ClipJaxError
+from clip_jax.families import FAMILIES
+from clip_jax.params import checkpoint as ckpt
+from clip_jax.program import Programs, Skips, read_programs
+from clip_jax.structs import TextEmbeddings, Tokens
+from clip_jax.tokenizers import read_tokenizer
+
+
+class ExportedTextEncoder(TextEncoder):
+    """A `TextEncoder` whose computation was exported; layers and lengths are those of then.
+
+    Attributes:
+        programs: The computation.
+    """
+
+    programs: Programs
+
+    def _trimmed(self, tokens: Tokens) -> Tokens:
+        return tokens  # lengths are fixed
+
+    def _compute(self, tokens: Tokens, skips: Skips) -> TextEmbeddings:
+        made_for = self.programs.skips
+        if (tokens.uncond is not None and skips[0] != made_for[0]) or skips[1] != made_for[1]:
+            raise ClipJaxError(
+                f"The programs were exported for clip_skip={made_for[1]} and clip_skip_negative={made_for[0]}, found "
+                f"{skips[1]} and {skips[0]}. Export again, or load the folder with `clip_jax.load`."
+            )
+        return self.programs(self.params, tokens)
+
+
+def load_exported(
+    path: str | os.PathLike[str], *, cache_bytes: int = CACHE_BYTES, progress: bool | None = None
+) -> ExportedTextEncoder:
+    """Loads a folder that `TextEncoder.export` wrote: params, tokenizers and compiled-for-anywhere programs.
+
+    Nothing is traced, and no module of this package is run; XLA compiles the programs for the device at the first
+    call, or takes them from its cache (`enable_compilation_cache`).
+
+    Example:
+        >>> clip_jax.load("random:sd15", dtype="bfloat16").export("exported")
+        >>> clip_jax.load_exported("exported")("a cat").prompt_embeds.shape
+        (2, 77, 768)
+
+    Args:
+        path: The folder.
+        cache_bytes: How much memory embeddings of earlier prompts may take; 0 is no cache.
+        progress: Whether to show progress bars; None means on a terminal.
+
+    Raises:
+        CheckpointError: Not such a folder, not whole, or not made for the platform of this process.
+    """
+    folder = Path(path)
+    if not ckpt.is_checkpoint(folder):
+        raise CheckpointError(f"{folder} is not a folder written by `TextEncoder.export`.")
+    metadata, programs = ckpt.read_metadata(folder), read_programs(folder)
+    platform = jax.default_backend()
+    names = {"gpu": ("cuda", "rocm")}.get(platform, (platform,))
+    if not set(names) & set(programs.both.platforms):
+        raise CheckpointError(
+            f"{folder} was exported for {', '.join(programs.both.platforms)}, this process runs on {platform}. Export "
+            f"it for that with platforms=."
+        )
+    whole = dataclasses.replace(FAMILIES[metadata.family], zero_negative=metadata.zero_negative)
+    configs = metadata.configs
+    family = whole.without({tower.name for tower in whole.towers} - configs.keys())
+    encoder = ExportedTextEncoder(
+        family.with_configs(configs),
+        ckpt.read_params(folder, ckpt.stored_specs(folder), None, scheme=metadata.scheme, progress=progress),
+        {tower: read_tokenizer(config, ckpt.tokenizer_folder(folder, tower)) for tower, config in configs.items()},
+        dtype=programs.dtype,
+        provenance=metadata.provenance,
+        cache_bytes=cache_bytes,
+    )
+    encoder.programs = programs
+    return encoder

@@ -1,0 +1,70 @@
+"""Layers whose parameters may be quantised: a `qwix.QArray` in the place of a kernel or an embedding.
+
+What is computed follows from the leaf: an int8 kernel is multiplied in int8 with activations that are quantised on the
+way, one scale for each token; a kernel of four bits only saves memory, and is dequantised before the product. Arrays go
+the way of Flax' own layers, whose names and parameters these have. Without quantised params qwix is not imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.linen.dtypes import promote_dtype
+
+
+def is_quantized(leaf: Any) -> bool:
+    """Whether a leaf of the params is a `qwix.QArray`, told without importing qwix."""
+    return hasattr(leaf, "qvalue")
+
+
+def _dequantized(leaf: Any) -> jax.Array:
+    """The array that a `qwix.QArray` stands for, float32."""
+    import qwix
+
+    array: jax.Array = qwix.dequantize(leaf.astype(jnp.float32))
+    return array
+
+
+def _promoted(x: jax.Array, kernel: Any, bias: jax.Array | None, **options: Any) -> tuple[Any, ...]:
+    """As in Flax, but a quantised kernel keeps its dtypes."""
+    if not is_quantized(kernel):
+        return tuple(promote_dtype(x, kernel, bias, **options))
+    x, bias = promote_dtype(x, bias, **options)
+    return x, kernel, bias
+
+
+def _product(x: jax.Array, kernel: Any, dimensions: jax.lax.DotDimensionNumbers, **options: Any) -> jax.Array:
+    """The product over the last axis of x [..., D] and the first of `kernel`, in the dtype of x."""
+    if not is_quantized(kernel):
+        return jax.lax.dot_general(x, kernel, dimensions, **options)
+    if kernel.qvalue.dtype != jnp.int8:
+        # Not before x is there: XLA would dequantise every layer at the start, and hold them all.
+        x, kernel = jax.lax.optimization_barrier((x, kernel))
+        return jax.lax.dot_general(x, _dequantized(kernel).astype(x.dtype), dimensions, **options)
+    import qwix
+
+    # In float32, whatever the dtype: rounding comes down to int8's, and int32 sums are scaled before they are cast.
+    tokens = qwix.quantize(x.astype(jnp.float32), jnp.int8, channelwise_axes=range(x.ndim - 1))
+    product: jax.Array = qwix.dot_general(tokens, kernel, dimensions)
+    return product.astype(x.dtype)
+
+
+class Dense(nn.Dense):
+    """`nn.Dense`: [..., D] -> [..., features], with an int8 kernel by products of int8."""
+
+    promote_dtype: Callable[..., Any] = _promoted
+    dot_general: Callable[..., Any] | None = _product
+
+
+class Embed(nn.Embed):
+    """`nn.Embed`: int [...] -> [..., features]; of a quantised table only the rows taken are dequantised."""
+
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        # Not by way of `super()`, for then an interceptor (a LoRA) would see two calls.
+        rows = jax.tree.map(lambda part: jnp.take(part, ids, axis=0), self.embedding)
+        rows = _dequantized(rows) if is_quantized(rows) else rows
+        return rows if self.dtype is None else rows.astype(self.dtype)

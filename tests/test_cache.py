@@ -1,0 +1,251 @@
+"""The cache of embeddings: what is computed, what is not, and that no answer is an old one."""
+
+import dataclasses
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import clip_jax
+from clip_jax.cache import EmbeddingCache
+from clip_jax.structs import TextEmbeddings
+from tests.checkpoints import write_family
+
+
+@pytest.fixture(scope="module", params=["sdxl", "flux"])
+def loaded(request, tmp_path_factory):
+    folder = write_family(tmp_path_factory.mktemp("cache") / request.param, clip_jax.FAMILIES[request.param])
+    return clip_jax.load(folder, family=request.param)
+
+
+@pytest.fixture
+def cached(loaded, monkeypatch):
+    """An encoder with an empty cache, and the numbers of rows that it computes, by call: (negatives, prompts)."""
+    encoder = clip_jax.TextEncoder(loaded.family, loaded.params, loaded.tokenizers)
+    computed = []
+    run = encoder._run
+
+    def counted(tokens, skips):
+        computed.append(tuple(len(side["clip_l"]) if side else 0 for side in (tokens.uncond, tokens.cond)))
+        return run(tokens, skips)
+
+    monkeypatch.setattr(encoder, "_run", counted)
+    return encoder, computed
+
+
+@pytest.fixture
+def uncached(loaded):
+    return clip_jax.TextEncoder(loaded.family, loaded.params, loaded.tokenizers, cache_bytes=0)
+
+
+def same(found, wanted, atol=0):
+    assert found.guidance == wanted.guidance
+    ours, theirs = jax.tree.leaves(found), jax.tree.leaves(wanted)
+    assert [leaf.shape for leaf in ours] == [leaf.shape for leaf in theirs]
+    for leaf, other in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(leaf, other, rtol=0, atol=atol)
+
+
+BOTH = {"guidance": True}
+
+
+def ask(encoder, prompt, **options):
+    """Calls it, with few tokens for T5: over hundreds of pads its float32 is noise of 1e-5 from batch to batch."""
+    if "t5" in encoder.config:
+        options = {"max_sequence_length": 32, **options}
+    return encoder(prompt, **options)
+
+
+def test_the_first_call_is_the_uncached_one_and_the_second_returns_the_same_arrays(cached, uncached):
+    encoder, computed = cached
+    first = ask(encoder, "a cat", negative_prompt="blurry", **BOTH)
+    same(first, ask(uncached, "a cat", negative_prompt="blurry", **BOTH))
+    assert ask(encoder, "a cat", negative_prompt="blurry", **BOTH) is first
+    assert ask(encoder, ["a cat"], negative_prompt=["blurry"], **BOTH).prompt_embeds.shape == first.prompt_embeds.shape
+    assert computed == [(1, 1)]
+
+
+def test_a_new_prompt_with_a_known_negative_is_encoded_alone(cached, uncached):
+    encoder, computed = cached
+    ask(encoder, "a cat", negative_prompt="blurry", **BOTH)
+    found = ask(encoder, "two dogs", negative_prompt="blurry", **BOTH)
+    assert computed == [(1, 1), (0, 1)]
+    same(found.cond, ask(uncached, "two dogs", guidance=False))  # the same bucket: the same bits
+    same(found.uncond, ask(uncached, "a cat", negative_prompt="blurry", **BOTH).uncond)
+    same(found, ask(uncached, "two dogs", negative_prompt="blurry", **BOTH), atol=1e-5)
+    ask(encoder, "two dogs", negative_prompt="dark", **BOTH)
+    ask(encoder, "blurry", negative_prompt="a cat", **BOTH)
+    assert computed == [(1, 1), (0, 1), (0, 1)]
+
+
+def test_equal_prompts_of_a_batch_are_encoded_once(cached, uncached):
+    encoder, computed = cached
+    prompts = ["a cat", "two dogs", "a cat", "a boat"]
+    found = ask(encoder, prompts, negative_prompt="blurry", **BOTH)
+    assert computed == [(0, 1), (0, 3)]
+    same(found, ask(uncached, prompts, negative_prompt="blurry", **BOTH), atol=1e-5)
+    for row, prompt in enumerate(prompts):
+        same(ask(encoder, prompt, guidance=False), ask(uncached, [prompt], guidance=False), atol=1e-5)
+        np.testing.assert_array_equal(
+            ask(encoder, prompt, guidance=False).prompt_embeds[0], found.cond.prompt_embeds[row]
+        )
+    assert len(computed) == 2
+
+
+def test_options_make_other_entries(cached, uncached):
+    encoder, computed = cached
+    family = encoder.family.name
+    options = {"max_sequence_length": 64} if family == "flux" else {"clip_skip": 1}
+    ask(encoder, "a cat", guidance=False)
+    same(ask(encoder, "a cat", guidance=False, **options), ask(uncached, "a cat", guidance=False, **options), atol=1e-5)
+    assert len(computed) == 2
+    if family != "flux":
+        same(
+            ask(encoder, "a cat", negative_prompt="a cat", clip_skip=1),
+            ask(uncached, "a cat", negative_prompt="a cat", clip_skip=1),
+            atol=1e-5,
+        )
+        assert len(computed) == 2  # both are there
+
+
+def test_zeros_are_not_encoded(loaded, cached, uncached):
+    encoder, computed = cached
+    if not loaded.family.zero_negative:
+        assert encoder.tokenize("a cat").zero_uncond is False
+        return
+    same(ask(encoder, "a cat"), ask(uncached, "a cat"))
+    assert computed == [(0, 1)]
+    same(ask(encoder, ["a cat", "two dogs"]), ask(uncached, ["a cat", "two dogs"]), atol=1e-5)
+    assert computed == [(0, 1), (0, 1)]
+
+
+def test_statistics(cached):
+    encoder, _ = cached
+    ask(encoder, "a cat", negative_prompt="blurry", **BOTH)
+    ask(encoder, "two dogs", negative_prompt="blurry", **BOTH)
+    ask(encoder, "two dogs", negative_prompt="blurry", **BOTH)
+    stats = encoder.cache.stats()
+    assert (stats.misses, stats.hits) == (3, 3)
+    assert stats.entries == 5  # three prompts, two calls
+    assert 0 < stats.nbytes <= stats.max_bytes
+    encoder.cache.clear()
+    assert dataclasses.astuple(encoder.cache.stats()) == (0, 0, 0, 0, stats.max_bytes)
+
+
+def test_other_params_tokenizers_or_dtypes_are_never_answered_from_it(cached):
+    encoder, computed = cached
+    before = ask(encoder, "a cat", guidance=False)
+    params = encoder.params
+    encoder.params = jax.tree.map(lambda leaf: leaf * 1.1, params)
+    assert (ask(encoder, "a cat", guidance=False).prompt_embeds != before.prompt_embeds).any()
+    encoder.params = params
+    same(ask(encoder, "a cat", guidance=False), before)
+    tower = next(iter(params))
+    table = params[tower]["text_model"]["embeddings"]["token_embedding"]
+    plain = table["embedding"]
+    try:
+        table["embedding"] = plain + 1  # in place
+        ask(encoder, "a cat", guidance=False)
+    finally:
+        table["embedding"] = plain
+    encoder.dtype = np.dtype(jnp.bfloat16)
+    assert ask(encoder, "a cat", guidance=False).prompt_embeds.dtype == jnp.bfloat16
+    encoder.tokenizers = dict(encoder.tokenizers)
+    ask(encoder, "a cat", guidance=False)
+    encoder.tokenizers[tower] = type("Other", (), {"__getattr__": lambda _, name: getattr(plain_tokenizer, name)})()
+    plain_tokenizer = clip_jax.load_tokenizers("random:sd21")["clip_h"]
+    ask(encoder, "a cat", guidance=False)
+    assert len(computed) == 6
+
+
+def test_within_jit_nothing_is_kept(cached):
+    encoder, computed = cached
+    jax.make_jaxpr(lambda scale: ask(encoder, "a cat", guidance=False).prompt_embeds * scale)(2.0)
+    assert encoder.cache.stats().entries == 0
+    ask(encoder, "a cat", guidance=False).prompt_embeds.block_until_ready()
+    assert computed == [(0, 1), (0, 1)]
+
+
+def test_what_is_cut_is_told_every_time(cached):
+    encoder, _ = cached
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="This text was dropped"):
+            ask(encoder, "cat " * 600, guidance=False, overflow="truncate")
+
+
+def test_errors_stay_errors(cached):
+    encoder, _ = cached
+    for _ in range(2):
+        with pytest.raises(clip_jax.ClipJaxError, match="must be a str or a list of str"):
+            encoder(7)
+        with pytest.raises(clip_jax.ClipJaxError, match="must be a str or a list of str"):
+            encoder({"a": 1})
+        with pytest.raises(clip_jax.PromptTooLongError):
+            ask(encoder, "cat " * 600)
+
+
+def test_a_cache_of_no_bytes_is_none(uncached):
+    assert uncached.cache is None
+    assert ask(uncached, "a cat", guidance=False) is not ask(uncached, "a cat", guidance=False)
+
+
+@pytest.mark.parametrize("wrong", [-1, 1.5, "1GB", True])
+def test_other_sizes_are_refused(loaded, wrong):
+    with pytest.raises(clip_jax.ClipJaxError, match="cache_bytes must be an int of 0 or more"):
+        clip_jax.TextEncoder(loaded.family, loaded.params, loaded.tokenizers, cache_bytes=wrong)
+
+
+def entry(size):
+    return TextEmbeddings(prompt_embeds=jnp.zeros((1, size // 4), jnp.float32), guidance=False)
+
+
+def test_the_least_recently_used_goes_first():
+    cache = EmbeddingCache(1000)
+    generation = cache.renew([])
+    for key in "abc":
+        cache.put(key, entry(400), generation)
+    assert cache.get("a") is None
+    assert cache.get("b") is not None
+    cache.put("d", entry(400), generation)
+    assert cache.get("c") is None
+    assert cache.get("b") is not None
+    cache.put("d", entry(800), generation)
+    assert (cache.stats().nbytes, cache.stats().entries) == (800, 1)
+    cache.put("e", entry(1200), generation)
+    assert cache.get("e") is None
+    assert cache.get("d") is not None
+
+
+def test_what_was_computed_for_another_state_is_not_kept():
+    cache, one, other = EmbeddingCache(1000), object(), object()
+    generation = cache.renew([one])
+    cache.renew([other])
+    cache.put("a", entry(100), generation)
+    assert cache.get("a") is None
+    assert cache.renew([other]) != generation
+
+
+def test_threads_share_it(cached, uncached):
+    encoder, _ = cached
+    prompts = [f"a cat number {number % 5}" for number in range(40)]
+    found, errors = {}, []
+
+    def work(number):
+        try:
+            found[number] = ask(encoder, prompts[number], negative_prompt="blurry", **BOTH)
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(len(prompts))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    for number, prompt in enumerate(prompts):
+        same(found[number], ask(uncached, prompt, negative_prompt="blurry", **BOTH), atol=1e-5)
+    stats = encoder.cache.stats()
+    assert stats.entries == 11
+    assert stats.nbytes == sum(size for _, size in encoder.cache._entries.values())

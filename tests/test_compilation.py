@@ -1,0 +1,75 @@
+"""Compiled programs on disk, and ahead of the first call."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+import clip_jax
+from clip_jax import text_embeddings
+from clip_jax.encoder import TextEncoder
+
+
+def run(code, *arguments, **environment):
+    environment = {**os.environ, "JAX_ENABLE_COMPILATION_CACHE": "true", **environment}
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
+EMBED = """
+import sys, jax, clip_jax
+print(clip_jax.enable_compilation_cache(*sys.argv[2:]))
+hits = []
+jax.monitoring.register_event_listener(lambda name, **_: hits.append(name) if "cache_hits" in name else None)
+clip_jax.load(sys.argv[1], family="sd15", cache_bytes=0)("a cat").prompt_embeds.block_until_ready()
+print(len(hits))
+"""
+
+
+def test_a_second_process_compiles_nothing(tiny_sd15, tmp_path):
+    folder, hits = run(EMBED, tiny_sd15, XDG_CACHE_HOME=str(tmp_path))
+    assert folder == str(tmp_path / "clip_jax" / "xla")
+    assert hits == "0"
+    written = sorted(path.name for path in (tmp_path / "clip_jax" / "xla").iterdir())
+    assert any("text_embeddings" in name for name in written)
+    _, hits = run(EMBED, tiny_sd15, XDG_CACHE_HOME=str(tmp_path))
+    assert int(hits) > 0
+    assert {path.name for path in (tmp_path / "clip_jax" / "xla").glob("*-cache")} == {
+        name for name in written if name.endswith("-cache")
+    }
+
+
+def test_the_folder_may_be_chosen(tiny_sd15, tmp_path):
+    code = "import sys, clip_jax; print(clip_jax.enable_compilation_cache(*sys.argv[1:]))"
+    assert run(code, tmp_path / "mine") == [str(tmp_path / "mine")]
+    assert run(code, JAX_COMPILATION_CACHE_DIR=str(tmp_path / "set")) == [str(tmp_path / "set")]
+    assert run(code, tmp_path / "mine", JAX_COMPILATION_CACHE_DIR=str(tmp_path / "set")) == [str(tmp_path / "mine")]
+
+
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(clip_jax.ClipJaxError, match="cannot be made: .* Name another folder"):
+        clip_jax.enable_compilation_cache(tmp_path / "file" / "below")
+
+
+def test_after_a_warmup_nothing_is_compiled(encoder):
+    text_embeddings.clear_cache()
+    encoder = TextEncoder(encoder.family, encoder.params, encoder.tokenizers)
+    encoder.warmup((1, 3))
+    compiled = text_embeddings._cache_size()
+    assert compiled == 4  # one and four prompts, with negatives and alone
+    encoder("a cat", negative_prompt="blurry")
+    encoder("two dogs", negative_prompt="blurry")
+    encoder(["a", "b", "c"], negative_prompt=["d", "e", "f"])
+    assert text_embeddings._cache_size() == compiled
+    assert encoder.cache.stats().misses == 9  # a warmup leaves nothing in it
+
+
+@pytest.mark.parametrize("wrong", [(0,), ("1",), (True,)])
+def test_other_sizes_are_refused(encoder, wrong):
+    with pytest.raises(clip_jax.ClipJaxError, match="batch_sizes must be positive ints"):
+        encoder.warmup(wrong)

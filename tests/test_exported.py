@@ -1,0 +1,130 @@
+"""An exported encoder computes what the one did that it was made from, without the modules."""
+
+import json
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+import clip_jax
+from clip_jax import CheckpointError, ClipJaxError
+from tests.checkpoints import digests, write_family
+
+
+@pytest.fixture(scope="module", params=["sdxl", "flux"])
+def pair(request, tmp_path_factory):
+    """An encoder, and a folder that it was exported to."""
+    folder = tmp_path_factory.mktemp("exported")
+    name = request.param
+    source = write_family(folder / "source", clip_jax.FAMILIES[name])
+    encoder = clip_jax.load(source, family=name, cache_bytes=0)
+    encoder.export(folder / "out", max_sequence_length=32 if name == "flux" else None)
+    return encoder, folder / "out"
+
+
+@pytest.fixture
+def exported(pair):
+    return clip_jax.load_exported(pair[1], cache_bytes=0)
+
+
+def options(encoder):
+    return {"max_sequence_length": 32} if encoder.family.name == "flux" else {}
+
+
+CALLS = [
+    (["a cat"], {}),
+    (["a cat", "two dogs", "a boat"], {"negative_prompt": "blurry", "guidance": True}),
+    (["a cat", "two dogs"], {"guidance": False}),
+]
+
+
+@pytest.mark.parametrize(("prompts", "kwargs"), CALLS)
+def test_it_computes_the_same(pair, exported, prompts, kwargs):
+    wanted = pair[0](prompts, **options(exported), **kwargs)
+    found = exported(prompts, **options(exported), **kwargs)
+    assert found.guidance == wanted.guidance
+    assert jax.tree.structure(found) == jax.tree.structure(wanted)
+    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
+
+
+def test_the_folder_is_a_checkpoint_too(pair):
+    loaded = clip_jax.load(pair[1])
+    for ours, theirs in zip(jax.tree.leaves(loaded.params), jax.tree.leaves(pair[0].params), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_no_module_is_run(pair):
+    code = (
+        "import sys, clip_jax, clip_jax.models.clip_text as clip, clip_jax.models.t5 as t5\n"
+        "def never(*_, **__): raise AssertionError\n"
+        "clip.ClipTextModel.__call__ = t5.T5Encoder.__call__ = never\n"
+        "out = clip_jax.load_exported(sys.argv[1])('a cat', **eval(sys.argv[2]))\n"
+        "print(*out.prompt_embeds.shape)"
+    )
+    arguments = [str(pair[1]), repr(options(pair[0]))]
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
+    assert done.stdout.split()[-1] == str(pair[0]("a cat", **options(pair[0])).prompt_embeds.shape[-1])
+
+
+def test_what_it_was_not_made_for_is_refused(pair, exported):
+    with pytest.raises(ClipJaxError, match="clip_skip|no hidden state of CLIP"):
+        exported("a cat", clip_skip=1, **options(exported))
+    if exported.family.name == "flux":
+        with pytest.raises(ClipJaxError, match=r"exported for rows of \{.*'t5': 32\} ids, found .*'t5': 512"):
+            exported("a cat")
+
+
+def test_damage_and_other_folders_are_told(pair, tmp_path):
+    encoder, folder = pair
+    before = digests(folder)
+    with pytest.raises(CheckpointError, match="exists already"):
+        encoder.export(folder)
+    assert digests(folder) == before
+    with pytest.raises(CheckpointError, match="is not a folder written by `TextEncoder.export`"):
+        clip_jax.load_exported(tmp_path)
+    encoder.save(tmp_path / "saved")
+    with pytest.raises(CheckpointError, match="has no exported programs"):
+        clip_jax.load_exported(tmp_path / "saved")
+    encoder.export(tmp_path / "damaged", **options(encoder), platforms=["tpu"])
+    with pytest.raises(CheckpointError, match="exported for tpu, this process runs on cpu"):
+        clip_jax.load_exported(tmp_path / "damaged")
+    program = tmp_path / "damaged" / "programs" / "both.jax"
+    size = program.stat().st_size
+    program.write_bytes(bytes(size))
+    with pytest.raises(CheckpointError, match="programs cannot be read"):
+        clip_jax.load_exported(tmp_path / "damaged")
+    program.unlink()
+    with pytest.raises(CheckpointError, match=r"is not whole.*both.jax is missing"):
+        clip_jax.load_exported(tmp_path / "damaged")
+
+
+def test_a_newer_version_is_told(pair, tmp_path):
+    encoder, _ = pair
+    encoder.export(tmp_path / "newer", **options(encoder))
+    facts = tmp_path / "newer" / "programs" / "programs.json"
+    text = facts.read_text()
+    facts.write_text(json.dumps({**json.loads(text), "version": 9}, separators=(",", ":")).ljust(len(text)))
+    with pytest.raises(CheckpointError, match="has version 9, newer than 1"):
+        clip_jax.load_exported(tmp_path / "newer")
+
+
+def test_other_platforms_are_refused(pair, tmp_path):
+    with pytest.raises(ClipJaxError, match="platforms must be among cpu, cuda, tpu, rocm, found abacus"):
+        pair[0].export(tmp_path / "out", platforms=["abacus"], **options(pair[0]))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("quantize", ["int8", "int4"])
+def test_quantised_params_are_exported_too(pair, tmp_path, quantize):
+    source = pair[1].parent / "source"
+    encoder = clip_jax.load(source, family=pair[0].family.name, quantize=quantize, cache_bytes=0)
+    encoder.export(tmp_path / "out", **options(encoder))
+    found = clip_jax.load_exported(tmp_path / "out", cache_bytes=0)
+    assert jax.tree.structure(found.params) == jax.tree.structure(encoder.params)
+    np.testing.assert_allclose(
+        found("a cat", **options(encoder)).prompt_embeds, encoder("a cat", **options(encoder)).prompt_embeds, atol=1e-5
+    )
