@@ -52,7 +52,7 @@ def _program(family: Family) -> float:
     ids = {name: _ids(1, length) for name, length in lengths.items()}
     encoded = family.guidance and not family.zero_negative
     tokens = Tokens(cond=ids, uncond=ids if encoded else None, zero_uncond=family.guidance and not encoded)
-    return _flops(lambda p, t: text_embeddings(p, t, family=family), abstract_params(family), tokens)
+    return flops(lambda p, t: text_embeddings(p, t, family=family), abstract_params(family), tokens)
 
 
 def _towers(family: Family) -> float:
@@ -60,7 +60,7 @@ def _towers(family: Family) -> float:
     params = abstract_params(family)
     rows = 2 if family.guidance else 1
     return sum(
-        _flops(
+        flops(
             lambda p, ids, tower=tower: model_of(tower.config).apply({"params": p}, ids).last_hidden_state,
             params[tower.name],
             _ids(rows, family.row_length(tower, 77)),
@@ -73,7 +73,8 @@ def _ids(rows: int, length: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((rows, length), np.int32)
 
 
-def _flops(function: Callable[..., Any], *arguments: Any) -> float:
+def flops(function: Callable[..., Any], *arguments: Any) -> float:
+    """Of a compiled function, by XLA's cost analysis; arguments may be shapes."""
     return float(jax.jit(function).lower(*arguments).compile().cost_analysis()["flops"])
 
 

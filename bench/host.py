@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -37,6 +38,11 @@ def host_facts() -> dict[str, object]:
         "cpu": cpu_model(),
         "cores": cores(),
     }
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Of Python, and of packages by the names they are installed under."""
+    return {"python": platform.python_version(), **{package: version(package) for package in packages}}
 
 
 def git_state() -> dict[str, object]:

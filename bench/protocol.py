@@ -1,7 +1,8 @@
 """JSON lines between the benchmark and its workers: every request gets one reply.
 
 The first request describes the case and is answered with facts; each later one asks for one timed call. A
-worker waits, blocked on its stdin, while another runs, and ends when its stdin closes.
+worker waits, blocked on its stdin, while another runs, and ends when its stdin closes. The arrays that come out of
+the first call are written to the file that the case calls `output`.
 """
 
 from __future__ import annotations
@@ -15,21 +16,47 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from bench.host import ROOT
 
 Message = dict[str, Any]
-#: Runs the model once, waits until it is done, and returns the shape of what came out.
-Call = Callable[[], Sequence[int]]
 
 _STDERR_TAIL = 2000
 
 
 class WorkerError(Exception):
-    """A worker died, hung, or said something that is not JSON."""
+    """A worker died, hung, or said something that is not JSON.
+
+    Attributes:
+        brief: The same without the worker's own words, which may hold paths.
+    """
+
+    def __init__(self, brief: str, details: str = "") -> None:
+        super().__init__(f"{brief}. {details}" if details else brief)
+        self.brief = brief
+
+
+class LeftOut(Exception):
+    """A contender cannot take part in a case; the text says why. Raised by `start`, and again by `Worker.start`."""
+
+
+class Model(NamedTuple):
+    """What `start` makes of a case.
+
+    Attributes:
+        facts: About the contender, for the result.
+        call: Runs the model once, and waits until what it returns is there.
+        arrays: Turns that into numpy arrays, for the comparison.
+    """
+
+    facts: Message
+    call: Callable[[], Any]
+    arrays: Callable[[Any], Mapping[str, np.ndarray]]
 
 
 class Worker:
@@ -48,6 +75,23 @@ class Worker:
         self._process = subprocess.Popen(
             command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._stderr, text=True
         )
+
+    @property
+    def alive(self) -> bool:
+        """Whether the process runs."""
+        return self._process.poll() is None
+
+    def start(self, case: Message) -> Message:
+        """Sends the case, and returns the facts.
+
+        Raises:
+            LeftOut: The contender cannot take part in it.
+            WorkerError: As `ask`.
+        """
+        facts = self.ask(case)
+        if "left_out" in facts:
+            raise LeftOut(facts["left_out"])
+        return facts
 
     def ask(self, request: Message) -> Message:
         """Sends a request and waits for its reply.
@@ -71,13 +115,13 @@ class Worker:
         line = self._process.stdout.readline()
         watchdog.cancel()
         if hung.is_set():
-            raise WorkerError(self._blame(f"did not answer within {self._timeout:g} s"))
+            raise self._error(f"did not answer within {self._timeout:g} s")
         if not line:
-            raise WorkerError(self._blame(f"ended with exit code {self._process.wait()}"))
+            raise self._error(f"ended with exit code {self._process.wait()}")
         try:
             return json.loads(line)
         except json.JSONDecodeError:
-            raise WorkerError(self._blame(f"answered {line[:80]!r}, which is not JSON")) from None
+            raise self._error(f"answered {line[:80]!r}, which is not JSON") from None
 
     def __enter__(self) -> Worker:
         return self
@@ -97,16 +141,16 @@ class Worker:
         self._process.stdout.close()
         self._stderr.close()
 
-    def _blame(self, what: str) -> str:
+    def _error(self, what: str) -> WorkerError:
         size = self._stderr.seek(0, os.SEEK_END)
         self._stderr.seek(max(0, size - _STDERR_TAIL))
         tail = self._stderr.read().decode(errors="replace").strip()
         stderr = f"Its stderr ends:\n{tail}" if tail else "Its stderr is empty."
-        return f"The worker of {self.name} {what}. {stderr}"
+        return WorkerError(f"The worker of {self.name} {what}", stderr)
 
 
-def serve(start: Callable[[Message], tuple[Message, Call]]) -> None:
-    """The worker's side. `start` makes the model of a case and returns facts about it, and what to time."""
+def serve(start: Callable[[Message], Model]) -> None:
+    """The worker's side. `start` makes the model of a case; it raises `LeftOut` if it cannot."""
     # Whatever else prints, libraries included, goes to stderr: stdout carries replies alone.
     replies = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
@@ -114,13 +158,22 @@ def serve(start: Callable[[Message], tuple[Message, Call]]) -> None:
     def reply(message: Message) -> None:
         replies.write(json.dumps(message) + "\n")
 
-    facts, call = start(json.loads(sys.stdin.readline()))
+    case = json.loads(sys.stdin.readline())
+    try:
+        model = start(case)
+    except LeftOut as reason:
+        reply({"left_out": str(reason)})
+        return
     begin = time.perf_counter()
-    shape = call()
-    reply({**facts, "first_call_s": round(time.perf_counter() - begin, 3), "output_shape": list(shape)})
+    result = model.call()
+    first_call_s = time.perf_counter() - begin
+    arrays = model.arrays(result)
+    np.savez(case["output"], **arrays)
+    reply({**model.facts, "first_call_s": round(first_call_s, 3)})
+    del result, arrays
     for _ in sys.stdin:
         cpu, begin = time.process_time(), time.perf_counter()
-        call()
+        model.call()
         seconds, cpu = time.perf_counter() - begin, time.process_time() - cpu
         peak_rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
         reply({"ms": round(1e3 * seconds, 3), "cpu_s": round(cpu, 4), "peak_rss_mib": peak_rss})

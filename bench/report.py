@@ -1,6 +1,6 @@
-"""Turns a result into its table in the README: `python -m bench.report bench/results/NAME.json`.
+"""Turns a result into its table in a document: `python -m bench.report bench/results/NAME.json`.
 
-A result with `cases` is one of `bench.encode`, one with `peaks` of `bench.memory`, one with `formats` of
+A result with `cases` is one of `python -m bench`, one with `peaks` of `bench.memory`, one with `formats` of
 `bench.formats`, one with `flops` of `bench.flops`, one with `quantized` of `bench.quantize`, and one with `errors` is
 what `pytest tests/parity --write-errors` writes.
 """
@@ -14,11 +14,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-SCHEMA = 1
+from bench.host import ROOT
+from bench.timings import SCHEMA, caption, rows
+
+_MIGRATION = Path("docs/migration.md")
+_README = Path("README.md")
+_OWN = Path("the document of the result")
 
 
 class ReportError(Exception):
-    """The result or the README is not what the report works on."""
+    """The result or the document is not what the report works on."""
 
 
 def render(result: Mapping[str, Any], source: str) -> str:
@@ -37,13 +42,15 @@ def render(result: Mapping[str, Any], source: str) -> str:
         "bench:flops": _render_flops,
         "bench:formats": _render_formats,
         "bench:quantize": _render_quantized,
-        "bench:encode": _render_times,
     }
-    return renderers[kind(result)](result, source)
+    return renderers.get(kind(result), _render_times)(result, source)
 
 
 def kind(result: Mapping[str, Any]) -> str:
-    """The name of the markers between which the README has the table of a result."""
+    """The name of the markers between which its document has the table of a result."""
+    if "benchmark" in result:
+        accelerator = "" if result["platform"] == "cpu" else f":{result['platform']}"
+        return f"bench:{result['benchmark']}{accelerator}"
     kinds = {
         "errors": "parity",
         "peaks": "bench:memory",
@@ -51,7 +58,12 @@ def kind(result: Mapping[str, Any]) -> str:
         "formats": "bench:formats",
         "quantized": "bench:quantize",
     }
-    return next((name for key, name in kinds.items() if key in result), "bench:encode")
+    return next(name for key, name in kinds.items() if key in result)
+
+
+def document(result: Mapping[str, Any]) -> Path:
+    """The document that has the table of a result."""
+    return ROOT / (_MIGRATION if result.get("benchmark") == "compat" else _README)
 
 
 def _render_errors(result: Mapping[str, Any], source: str) -> str:
@@ -142,33 +154,17 @@ def _table(rows: Sequence[Sequence[str]]) -> str:
 def _render_times(result: Mapping[str, Any], source: str) -> str:
     if result.get("schema") != SCHEMA:
         raise ReportError(f"{source} has schema {result.get('schema')!r}; expected {SCHEMA}.")
-    ours, *peers = names = list(result["contenders"])
-    rows = [
-        ["family", "dtype", *(f"{name}, ms" for name in names), *(f"{ours} / {peer}" for peer in peers)],
-        ["---", "---", *["---:"] * (len(names) + len(peers))],
-    ]
-    for case in result["cases"]:
-        times = [case["contenders"][name]["ms"] for name in names]
-        ratios = [case["ratio_to"][peer] for peer in peers]
-        rows.append(
-            [
-                case["family"],
-                case["dtype"],
-                *(f"{_ms(time['median'])} ({_ms(time['q1'])} to {_ms(time['q3'])})" for time in times),
-                *(f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})" for ratio in ratios),
-            ]
-        )
-    return f"{_table(rows)}\n\n{_caption(result, source)}"
+    return f"{_table(rows(result))}\n\n{caption(result, source)}"
 
 
-def splice(readme: str, table: str, name: str) -> str:
-    """The README with `table` between the markers called `name`.
+def splice(text: str, table: str, name: str) -> str:
+    """A document with `table` between the markers called `name`.
 
     Raises:
         ReportError: The markers are not there, or not once each and in order.
     """
     first, last = f"<!-- {name} -->", f"<!-- /{name} -->"
-    before, start, rest = readme.partition(first)
+    before, start, rest = text.partition(first)
     _, end, after = rest.partition(last)
     if not (start and end) or first in rest or last in before + after:
         raise ReportError(f"Expected {first} and {last} once each, in this order, around the table.")
@@ -179,48 +175,30 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
     parser.add_argument("result", type=Path)
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--check", type=Path, metavar="README", help="fail unless its table is that of the result")
-    what.add_argument("--write", type=Path, metavar="README", help="replace its table")
+    option = {"nargs": "?", "type": Path, "const": _OWN, "metavar": "DOCUMENT"}
+    what.add_argument("--check", **option, help="fail unless the table of its document is that of the result")
+    what.add_argument("--write", **option, help="replace that table; the document is that of the result if not named")
     args = parser.parse_args(argv)
     try:
         result = json.loads(args.result.read_text(encoding="utf-8"))
         table = render(result, args.result.name)
-        if args.check or args.write:
-            readme = (args.check or args.write).read_text(encoding="utf-8")
-            wanted = splice(readme, table, kind(result))
+        path = args.check or args.write
+        if path is _OWN:
+            path = document(result)
+        if path:
+            text = path.read_text(encoding="utf-8")
+            wanted = splice(text, table, kind(result))
     except (OSError, ReportError) as error:
         sys.exit(f"bench.report: {error}")
     if args.write:
-        args.write.write_text(wanted, encoding="utf-8")
+        path.write_text(wanted, encoding="utf-8")
     elif not args.check:
         print(table)
-    elif wanted != readme:
+    elif wanted != text:
         sys.exit(
-            f"bench.report: the table in {args.check} is not that of {args.result}. "
-            f"Update it: python -m bench.report {args.result} --write {args.check}"
+            f"bench.report: the table in {path} is not that of {args.result}. "
+            f"Update it: python -m bench.report {args.result} --write {path}"
         )
-
-
-def _ms(value: float) -> str:
-    return f"{value:.1f}" if value >= 10 else f"{value:.2f}"
-
-
-def _caption(result: Mapping[str, Any], source: str) -> str:
-    devices = dict.fromkeys(about["device"] for about in result["contenders"].values())
-    others = max(case["other_cores"] for case in result["cases"])
-    versions = (_versions(about["versions"]) for about in result["contenders"].values())
-    commit = f"commit {result['commit'][:7]}" if result["commit"] else "no commit"
-    cores = f"{result['host']['cores']} CPU cores, at most {others} of them taken by others"
-    facts = [
-        f"{' / '.join(devices)}, {cores}",
-        *versions,
-        f"{result['date'][:10]}, {commit}{' with uncommitted changes' if result['dirty'] else ''}",
-    ]
-    return (
-        f"One guidance pair, random weights; {result['settings']['repeats']} interleaved calls each: median "
-        f"(quartiles); ratio: median (min to max) of the pairwise ratios, lower is faster. "
-        f"{'; '.join(facts)}; `{source}`."
-    )
 
 
 def _versions(versions: Mapping[str, str]) -> str:

@@ -18,3 +18,8 @@ def pairwise_ratio(ours: Sequence[float], peer: Sequence[float]) -> dict[str, fl
     ratios = [a / b for a, b in zip(ours, peer, strict=True)]
     found = {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
     return {name: round(value, 4) for name, value in found.items()}
+
+
+def least_ms(flops: float, params_mib: float, matmul_gops: float, copy_gbps: float) -> float:
+    """The least time of a call, by what the machine was measured to do: its products, or reading the params once."""
+    return round(max(flops / matmul_gops / 1e6, params_mib * 2**20 / copy_gbps / 1e6), 4)

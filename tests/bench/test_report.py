@@ -5,56 +5,28 @@ import json
 
 import pytest
 
-from bench.report import ReportError, main, render, splice
+from bench import report
+from bench.report import ReportError, document, kind, main, render, splice
+from tests.bench.fakes import RESULT
 
 START, END = "<!-- bench:encode -->", "<!-- /bench:encode -->"
-
-
-def contender(median, q1, q3):
-    return {"ms": {"median": median, "q1": q1, "q3": q3}}
-
-
-RESULT = {
-    "schema": 1,
-    "date": "2026-01-02T03:04:05+00:00",
-    "commit": "0123456789abcdef",
-    "dirty": False,
-    "host": {"cores": 4},
-    "settings": {"repeats": 15},
-    "contenders": {
-        "clip_jax": {
-            "device": "Some CPU",
-            "versions": {"python": "3.14.1", "clip_jax": "0.1.0", "jax": "0.12.0"},
-        },
-        "torch eager": {"device": "Some CPU", "versions": {"python": "3.11.7", "torch": "2.13.0"}},
-    },
-    "cases": [
-        {
-            "family": "sd15",
-            "dtype": "float32",
-            "other_cores": 0.01,
-            "contenders": {"clip_jax": contender(50, 49.95, 51), "torch eager": contender(100.04, 90, 123.4)},
-            "ratio_to": {"torch eager": {"median": 0.5, "min": 0.4567, "max": 1.2}},
-        },
-        {
-            "family": "sd21",
-            "dtype": "bfloat16",
-            "other_cores": 0.03,
-            "contenders": {"clip_jax": contender(1.5, 1.25, 1.75), "torch eager": contender(9.5, 9, 10)},
-            "ratio_to": {"torch eager": {"median": 0.158, "min": 0.125, "max": 0.194}},
-        },
-    ],
-}
 TABLE = """\
-| family | dtype | clip_jax, ms | torch eager, ms | clip_jax / torch eager |
-| --- | --- | ---: | ---: | ---: |
-| sd15 | float32 | 50.0 (50.0 to 51.0) | 100.0 (90.0 to 123.4) | 0.50 (0.46 to 1.20) |
-| sd21 | bfloat16 | 1.50 (1.25 to 1.75) | 9.50 (9.00 to 10.0) | 0.16 (0.12 to 0.19) |
+| preset | precision | pairs | contender | ms | ratio | prompts/s | relative error | least cosine | first call, s | \
+peak, MiB | of the ceiling |
+| --- | --- | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
+| sd15 | float32 | 8 | clip_jax | 50.0 (50.0 to 51.0) |  | 320 | 0.0e+00 | 1.00000 | 1.50 | 1,234 | 80% |
+| sd15 | float32 | 8 | torch eager | 100 (90.0 to 1,234) | 0.50 (0.46 to 1.20) | 160 | 1.2e-02 | 0.99987 | 1.50 | \
+1,234 |  |
+| sdxl | int8 | 1 | torch compiled | 9.50 (9.00 to 10.0) |  | 211 |  |  | 1.50 | 1,234 |  |
 
-One guidance pair, random weights; 15 interleaved calls each: median (quartiles); ratio: median (min to max) \
-of the pairwise ratios, lower is faster. Some CPU, 4 CPU cores, at most 0.03 of them taken by others; \
-clip_jax 0.1.0, jax 0.12.0 on python 3.14.1; torch 2.13.0 on python 3.11.7; 2026-01-02, commit 0123456; \
-`run.json`."""
+Guidance pairs of token ids to embeddings; a pair is two prompts. Weights: random, the same in all. 15 interleaved \
+calls each (fewer of larger batches): median (quartiles); ratio: median (min to max) of the pairwise ratios of \
+clip_jax and the other, below 1 clip_jax is faster. Some CPU, 4 CPU cores, at most 0.03 of them taken by others; \
+clip-jax-text 0.1.0, jax 0.12.0 on python 3.14.1; torch 2.13.0 on python 3.11.7; 2026-01-02, commit 0123456; \
+`run.json`. The ceiling is what was measured in the same run: products of square matrices at 1,234 in float32, 5,000 \
+in int8 (thousand million operations per second), 20 GB/s of memory. Left out: OpenVINO (nncf not installed); torch \
+compiled of sd15 float32, batch 8 (ended with exit code 1); clip_jax of sdxl int8, batch 1 (this clip_jax does not \
+quantise)."""
 README = f"# Title\n\n{START}\nold\n{END}\n\nMore text.\n"
 
 
@@ -69,18 +41,50 @@ def test_render():
     assert render(RESULT, "run.json") == TABLE
 
 
-def test_render_without_a_peer_outside_a_commit():
-    result = copy.deepcopy(RESULT) | {"commit": None, "dirty": True}
-    del result["contenders"]["torch eager"]
-    header, _, row, *_, caption = render(result, "run.json").splitlines()
-    assert header == "| family | dtype | clip_jax, ms |"
-    assert row == "| sd15 | float32 | 50.0 (50.0 to 51.0) |"
-    assert caption.endswith("on python 3.14.1; 2026-01-02, no commit with uncommitted changes; `run.json`.")
+def test_outside_a_commit_with_nothing_left_out():
+    result = copy.deepcopy(RESULT) | {"commit": None, "dirty": True, "left_out": {}, "cases": RESULT["cases"][:1]}
+    result["cases"] = [{**RESULT["cases"][0], "left_out": {}}]
+    del result["ceilings"]
+    text = render(result, "run.json")
+    assert text.endswith("on python 3.11.7; 2026-01-02, no commit with uncommitted changes; `run.json`.")
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "header", "row"),
+    [
+        (
+            "compat",
+            "| preset | contender | ms | ratio | first call, s | peak, MiB | relative error |",
+            "| clip_l | torch eager | 100 (90.0 to 1,234) | 0.50 (0.46 to 1.20) | 1.50 | 1,234 | 1.2e-02 |",
+        ),
+        (
+            "cold",
+            "| preset | contender | whole process, s | ratio | import, s | load, s | first call, s | peak, MiB |",
+            "| clip_l | torch eager | 0.10 (0.09 to 1.23) | 0.50 (0.46 to 1.20) | 3.00 | 0.25 | 1.50 | 1,234 |",
+        ),
+    ],
+)
+def test_the_other_benchmarks_have_columns_of_their_own(benchmark, header, row):
+    case = copy.deepcopy(RESULT["cases"][0]) | {"preset": "clip_l", "batch": 1}
+    for entry in case["contenders"].values():
+        entry |= {"import_s": 3.0, "load_s": 0.25}
+    result = {**RESULT, "benchmark": benchmark, "cases": [case]}
+    lines = render(result, "run.json").splitlines()
+    assert lines[0] == header
+    assert lines[3] == row
+
+
+def test_every_result_has_its_document_and_its_markers():
+    assert (kind(RESULT), document(RESULT).name) == ("bench:encode", "README.md")
+    assert kind({**RESULT, "platform": "gpu"}) == "bench:encode:gpu"
+    compat = {**RESULT, "benchmark": "compat"}
+    assert (kind(compat), document(compat).parts[-2:]) == ("bench:compat", ("docs", "migration.md"))
+    assert document({**RESULT, "benchmark": "cold"}).name == document(PARITY).name == "README.md"
 
 
 def test_another_schema_is_refused():
-    with pytest.raises(ReportError, match=r"run\.json has schema 2; expected 1"):
-        render({**RESULT, "schema": 2}, "run.json")
+    with pytest.raises(ReportError, match=r"run\.json has schema 1; expected 2"):
+        render({**RESULT, "schema": 1}, "run.json")
 
 
 def test_print(files, capsys):
@@ -95,7 +99,18 @@ def test_write_then_check(files):
     main([result, "--check", str(readme)])
 
 
-@pytest.mark.parametrize("change", [("50.0 (", "49.0 ("), ("\n| sd21", "\n\n| sd21"), ("3.14.1", "3.14.2")])
+def test_without_a_name_the_document_is_that_of_the_result(files, monkeypatch):
+    result, readme = files
+    monkeypatch.setattr(report, "ROOT", readme.parent)
+    main([result, "--write"])
+    assert TABLE in readme.read_text()
+    main([result, "--check"])
+    readme.write_text(readme.read_text().replace("sd15", "sd16"))
+    with pytest.raises(SystemExit, match="is not that of"):
+        main([result, "--check"])
+
+
+@pytest.mark.parametrize("change", [("50.0 (", "49.0 ("), ("\n| sdxl", "\n\n| sdxl"), ("3.14.1", "3.14.2")])
 def test_check_fails_when_the_readme_differs(files, change, capsys):
     result, readme = files
     main([result, "--write", str(readme)])

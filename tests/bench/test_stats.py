@@ -1,8 +1,8 @@
-"""Medians, quartiles and ratios against numbers worked out by hand."""
+"""Medians, quartiles, ratios and ceilings against numbers worked out by hand."""
 
 import pytest
 
-from bench.stats import pairwise_ratio, summary
+from bench.stats import least_ms, pairwise_ratio, summary
 
 
 def test_summary_of_an_odd_number_of_samples():
@@ -27,3 +27,9 @@ def test_ratio_is_the_median_of_the_pairs_not_the_ratio_of_the_medians():
 def test_ratio_wants_a_pair_for_every_sample():
     with pytest.raises(ValueError, match="shorter"):
         pairwise_ratio([1, 2], [1])
+
+
+def test_the_least_time_is_that_of_the_scarcer_resource():
+    # 20 G operations at 1000 G/s take 20 ms; 256 MiB at 10 GB/s take 26.8 ms.
+    assert least_ms(20e9, 100, 1000, 10.48576) == 20
+    assert least_ms(20e9, 256, 1000, 10) == 26.8435

@@ -1,0 +1,160 @@
+"""Runs the cases of `encode` and of `compat`: ours beside each peer, one peer after the other."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from bench.compare import error
+from bench.contenders import Contender
+from bench.environments import unfit
+from bench.interleave import take_turns
+from bench.protocol import LeftOut, Message, Worker, WorkerError
+from bench.stats import pairwise_ratio, summary
+from bench.workshop import Case, Workshop
+
+#: Name of an output -> values.
+Arrays = Mapping[str, np.ndarray]
+
+
+def run_cases(contenders: Sequence[Contender], cases: Sequence[Case], shop: Workshop) -> dict[str, Any]:
+    """All cases, and what the contenders say about themselves; the first contender is ours.
+
+    Who takes no part is in `left_out` with the reason: here of all cases, in a case of that.
+
+    Raises:
+        WorkerError: Ours cannot run at all, or died while it was timed.
+    """
+    ours, *peers = contenders
+    left_out = {one.name: reason for one in contenders if (reason := unfit(one, shop.pythons, shop.platform))}
+    if ours.name in left_out:
+        raise WorkerError(f"{ours.name} cannot run: {left_out[ours.name]}")
+    for name, reason in left_out.items():
+        print(f"{name} is left out: {reason}.", file=sys.stderr)
+    duels = {
+        case: [
+            peer
+            for peer in peers
+            if peer.name not in left_out and case.preset in peer.presets and case.precision in peer.precisions
+        ]
+        for case in cases
+    }
+    references: dict[tuple[str, int], Arrays] = {}
+    found = []
+    with tqdm(total=sum(map(len, duels.values())), unit="duel", disable=None, leave=False) as bar:
+        for case, group in duels.items():
+            key = (case.preset, case.batch)
+            if key not in references:
+                bar.set_description(f"{case}: weights and reference")
+                references[key] = _reference(ours, case, shop)
+            found.append(run_case(ours, group, case, references[key], shop, bar))
+    abouts = {name: entry.pop("about") for case in found for name, entry in case["contenders"].items()}
+    named = {one.name: abouts[one.name] for one in contenders if one.name in abouts}
+    return {"contenders": named, "left_out": left_out, "cases": found}
+
+
+def run_case(
+    ours: Contender, peers: Sequence[Contender], case: Case, reference: Arrays, shop: Workshop, bar: tqdm
+) -> dict[str, Any]:
+    """Ours beside each peer. No more than two models are in memory at a time, since those of SDXL are large.
+
+    Raises:
+        WorkerError: Ours died while it was timed. Whatever else fails is left out.
+    """
+    run = _Run(case, reference, shop)
+    requests = {}
+    for peer in peers:  # before ours takes memory
+        bar.set_description(f"{case}: export for {peer.name}")
+        with run.leaving_out(peer):
+            requests[peer.name] = shop.request(peer, case)
+    with contextlib.ExitStack() as stack:
+        bar.set_description(f"{case}: {ours.name} loads")
+        first = None
+        with run.leaving_out(ours):
+            first = stack.enter_context(run.seat(ours, shop.request(ours, case)))
+        for peer in peers:
+            bar.set_description(f"{case}: {peer.name}")
+            if peer.name in requests:
+                with run.leaving_out(peer), run.seat(peer, requests[peer.name]) as second:
+                    run.turns([second] if first is None else [first, second])
+            if first is not None and not first.alive:
+                raise WorkerError(f"{ours.name} died beside {peer.name}")
+            bar.update()
+        if first is not None and ours.name not in run.samples:
+            run.turns([first])
+    return run.result()
+
+
+class _Run:
+    """What comes together of a case."""
+
+    def __init__(self, case: Case, reference: Arrays, shop: Workshop) -> None:
+        self.case, self.reference, self.shop = case, reference, shop
+        self.samples: dict[str, list[float]] = {}
+        self.entries: dict[str, Message] = {}
+        self.ratios: dict[str, Message] = {}
+        self.left_out: dict[str, str] = {}
+        self.noise = 0.0
+
+    @contextlib.contextmanager
+    def leaving_out(self, one: Contender) -> Iterator[None]:
+        """Where it fails, a contender is left out, and the others go on."""
+        try:
+            yield
+        except (LeftOut, WorkerError) as reason:
+            self.entries.pop(one.name, None)
+            self.left_out[one.name] = reason.brief if isinstance(reason, WorkerError) else str(reason)
+            tqdm.write(f"{self.case}: {one.name} is left out: {reason}", file=sys.stderr)
+
+    @contextlib.contextmanager
+    def seat(self, one: Contender, request: Message) -> Iterator[Worker]:
+        """A worker that has made its model, and whose first output is compared."""
+        with Worker(one.name, (self.shop.pythons[one.environment], "-m", one.worker)) as worker:
+            entry = worker.start(request)
+            entry["error"] = error(_read(request), self.reference)
+            self.entries[one.name] = entry
+            yield worker
+
+    def turns(self, workers: Sequence[Worker]) -> None:
+        turns = take_turns(workers, self.shop.calls(self.case))
+        self.noise = max(self.noise, turns.other_cores)
+        for worker in workers:
+            self.samples.setdefault(worker.name, []).extend(turns.ms[worker.name])
+            self.entries[worker.name]["peak_rss_mib"] = turns.peak_rss_mib[worker.name]
+        if len(workers) == 2:
+            ours, peer = workers
+            self.ratios[peer.name] = pairwise_ratio(turns.ms[ours.name], turns.ms[peer.name])
+
+    def result(self) -> dict[str, Any]:
+        for name, entry in self.entries.items():
+            entry["ms"] = {**summary(self.samples[name]), "samples": self.samples[name]}
+        return {
+            **self.case._asdict(),
+            "other_cores": self.noise,
+            "contenders": self.entries,
+            "ratio_to": self.ratios,
+            "left_out": self.left_out,
+        }
+
+
+def _reference(ours: Contender, case: Case, shop: Workshop) -> Arrays:
+    """What ours computes in float32."""
+    request = shop.request(ours, case._replace(precision="float32"))
+    with Worker(ours.name, (shop.pythons[ours.environment], "-m", ours.worker)) as worker:
+        worker.start(request)
+    return _read(request)
+
+
+def _read(request: Message) -> Arrays:
+    """What a worker wrote; taken away, so that nobody's output is held for another's."""
+    path = Path(request["output"])
+    with np.load(path) as outputs:
+        found = dict(outputs)
+    path.unlink()
+    return found

@@ -1,0 +1,158 @@
+"""The tables of `encode`, `compat` and `cold`: a row for each contender of each case. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+SCHEMA = 2
+
+_Json = Mapping[str, Any]
+
+
+class _Row(NamedTuple):
+    """A contender of a case: its name, and what the case has of it."""
+
+    case: _Json
+    name: str
+    entry: _Json
+
+
+_Cell = Callable[[_Row], str]
+
+
+def rows(result: _Json) -> list[list[str]]:
+    """Header, alignments, and a row for each contender of each case."""
+    columns = _COLUMNS[result["benchmark"]]
+    header = [[name for name, _, _ in columns], [align for _, align, _ in columns]]
+    return header + [
+        [cell(_Row(case, name, entry)) for _, _, cell in columns]
+        for case in result["cases"]
+        for name, entry in case["contenders"].items()
+    ]
+
+
+def caption(result: _Json, source: str) -> str:
+    """What the table shows, where it was measured and with what, and who is left out and why."""
+    devices = dict.fromkeys(about["device"] for about in result["contenders"].values())
+    others = max(case["other_cores"] for case in result["cases"])
+    commit = f"commit {result['commit'][:7]}" if result["commit"] else "no commit"
+    facts = [
+        f"{' / '.join(devices)}, {result['host']['cores']} CPU cores, at most {others} of them taken by others",
+        *dict.fromkeys(_versions(about["versions"]) for about in result["contenders"].values()),
+        f"{result['date'][:10]}, {commit}{' with uncommitted changes' if result['dirty'] else ''}",
+        f"`{source}`",
+    ]
+    settings = result["settings"]
+    fewer = " (fewer of larger batches)" if max(case["batch"] for case in result["cases"]) > 1 else ""
+    text = (
+        f"{_WHAT[result['benchmark']]} Weights: {settings['weights']}. {settings['repeats']} interleaved "
+        f"{_UNIT[result['benchmark']]} each{fewer}: "
+        f"median (quartiles); ratio: median (min to max) of the pairwise ratios of {_ours(result)} and the other, "
+        f"below 1 {_ours(result)} is faster. {'; '.join(facts)}."
+    )
+    if ceilings := result.get("ceilings"):
+        products = ", ".join(f"{value:,.0f} in {name}" for name, value in ceilings["matmul_gops"].items())
+        text += (
+            f" The ceiling is what was measured in the same run: products of square matrices at {products} "
+            f"(thousand million operations per second), {ceilings['copy_gbps']:,.0f} GB/s of memory."
+        )
+    if reasons := _left_out(result):
+        text += f" Left out: {'; '.join(reasons)}."
+    return text
+
+
+def _left_out(result: _Json) -> list[str]:
+    reasons = [f"{name} ({reason})" for name, reason in result["left_out"].items()]
+    for case in result["cases"]:
+        where = f"{case['preset']} {case['precision']}, batch {case['batch']}"
+        reasons += [f"{name} of {where} ({reason})" for name, reason in case["left_out"].items()]
+    return reasons
+
+
+def _ours(result: _Json) -> str:
+    return next(iter(result["contenders"]))
+
+
+def _versions(versions: Mapping[str, str]) -> str:
+    python, *others = (f"{name} {version}" for name, version in versions.items())
+    return f"{', '.join(others)} on {python}"
+
+
+def number(value: float) -> str:
+    """Three digits that say something."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def _spread(scale: float) -> _Cell:
+    def cell(row: _Row) -> str:
+        median, q1, q3 = (number(row.entry["ms"][key] * scale) for key in ("median", "q1", "q3"))
+        return f"{median} ({q1} to {q3})"
+
+    return cell
+
+
+def _ratio(row: _Row) -> str:
+    ratio = row.case["ratio_to"].get(row.name)
+    return f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})" if ratio else ""
+
+
+def _throughput(row: _Row) -> str:
+    return number(2e3 * row.case["batch"] / row.entry["ms"]["median"])
+
+
+def _share(row: _Row) -> str:
+    return f"{row.entry['least_ms'] / row.entry['ms']['median']:.0%}" if "least_ms" in row.entry else ""
+
+
+def _error(key: str, form: str) -> _Cell:
+    def cell(row: _Row) -> str:
+        return format(row.entry["error"][key], form) if "error" in row.entry else ""
+
+    return cell
+
+
+def _field(key: str) -> _Cell:
+    return lambda row: f"{row.entry[key]:,.2f}" if isinstance(row.entry[key], float) else f"{row.entry[key]:,}"
+
+
+_PRESET = ("preset", "---", lambda row: row.case["preset"])
+_NAME = ("contender", "---", lambda row: row.name)
+_RATIO = ("ratio", "---:", _ratio)
+_RELATIVE = ("relative error", "---:", _error("relative", ".1e"))
+_PEAK = ("peak, MiB", "---:", _field("peak_rss_mib"))
+_FIRST = ("first call, s", "---:", _field("first_call_s"))
+
+_COLUMNS: dict[str, list[tuple[str, str, _Cell]]] = {
+    "encode": [
+        _PRESET,
+        ("precision", "---", lambda row: row.case["precision"]),
+        ("pairs", "---:", lambda row: str(row.case["batch"])),
+        _NAME,
+        ("ms", "---:", _spread(1)),
+        _RATIO,
+        ("prompts/s", "---:", _throughput),
+        _RELATIVE,
+        ("least cosine", "---:", _error("min_cosine", ".5f")),
+        _FIRST,
+        _PEAK,
+        ("of the ceiling", "---:", _share),
+    ],
+    "compat": [_PRESET, _NAME, ("ms", "---:", _spread(1)), _RATIO, _FIRST, _PEAK, _RELATIVE],
+    "cold": [
+        _PRESET,
+        _NAME,
+        ("whole process, s", "---:", _spread(1e-3)),
+        _RATIO,
+        ("import, s", "---:", _field("import_s")),
+        ("load, s", "---:", _field("load_s")),
+        _FIRST,
+        _PEAK,
+    ],
+}
+_WHAT = {
+    "encode": "Guidance pairs of token ids to embeddings; a pair is two prompts.",
+    "compat": "One row of token ids, as numpy has them, to what FLUX takes of it; float32.",
+    "cold": "From the start of Python to the first embeddings of a guidance pair; float32, files in the page cache.",
+}
+_UNIT = {"encode": "calls", "compat": "calls", "cold": "processes"}

@@ -1,0 +1,56 @@
+"""`clip_jax`: `text_embeddings` on ids that are on the device."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import time
+from pathlib import Path
+
+from bench.protocol import LeftOut, Message, Model, serve
+from bench.workers.about import start_jax
+
+
+def start(case: Message) -> Model:
+    about = start_jax(case["precision"], "clip-jax-text", "flax")
+    import jax
+    import numpy as np
+
+    import clip_jax
+
+    options = {"dtype": case["precision"]}
+    if case["precision"] == "int8":
+        if "quantize" not in inspect.signature(clip_jax.load).parameters:
+            raise LeftOut("this clip_jax does not quantise")
+        options = {"quantize": "int8"}
+
+    begin = time.perf_counter()
+    encoder = clip_jax.load(Path(case["checkpoint"]) / "converted", progress=False, **options)
+    jax.block_until_ready(encoder.params)
+    load_s = time.perf_counter() - begin
+
+    uncond, cond = (jax.device_put(rows) for rows in np.split(np.asarray(case["ids"], np.int32), 2))
+    names = [tower.name for tower in encoder.family.towers]
+    tokens = clip_jax.Tokens(cond=dict.fromkeys(names, cond), uncond=dict.fromkeys(names, uncond))
+
+    def call() -> clip_jax.TextEmbeddings:
+        # Not `encoder.encode`, which may remember what it has encoded.
+        return jax.block_until_ready(
+            clip_jax.text_embeddings(
+                encoder.params, tokens, family=encoder.family, dtype=encoder.dtype, compute_dtype=encoder.dtype
+            )
+        )
+
+    def arrays(out: clip_jax.TextEmbeddings) -> dict[str, np.ndarray]:
+        return {
+            field.name: np.asarray(value, np.float32)
+            for field in dataclasses.fields(out)
+            if field.name.endswith("prompt_embeds") and (value := getattr(out, field.name)) is not None
+        }
+
+    params_mib = sum(leaf.nbytes for leaf in jax.tree.leaves(encoder.params)) / 2**20
+    return Model({"about": about, "load_s": round(load_s, 3), "params_mib": round(params_mib, 1)}, call, arrays)
+
+
+if __name__ == "__main__":
+    serve(start)

@@ -1,0 +1,17 @@
+"""A picture comes out; what is on it is for eyes."""
+
+import json
+
+import pytest
+
+from tests.bench.fakes import RESULT
+
+
+@pytest.mark.parametrize("cases", [1, 2, 4])
+def test_a_picture_beside_the_result(cases, tmp_path):
+    from bench import plot
+
+    path = tmp_path / "encode-some-cpu.json"
+    path.write_text(json.dumps({**RESULT, "cases": (RESULT["cases"] * 2)[:cases]}))
+    plot.main([str(path)])
+    assert (tmp_path / "encode-some-cpu.png").read_bytes().startswith(b"\x89PNG")
