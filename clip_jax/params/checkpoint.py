@@ -310,7 +310,9 @@ def iter_params(
 ) -> Iterator[tuple[str, str, jax.Array]]:
     """Tower, path and stored array of some towers, a few hundred MB at a time; as in `read_params`, to be quantised."""
     flat = {(tower, p): spec for tower, tree in specs.items() for p, spec in tree.items()}
-    for group in _groups({key: spec for key, spec in flat.items() if key[0] in towers}):
+    # Of what is freed between quantised params, malloc gives little back: then there should be less of it.
+    limit = _READ_BYTES if scheme is PLAIN else _READ_BYTES // 8
+    for group in _groups({key: spec for key, spec in flat.items() if key[0] in towers}, limit):
         with _quiet_orbax():
             read = _read_group(path, flat, group, dtype, placement, scheme)
         for tower, p in group:
@@ -320,11 +322,11 @@ def iter_params(
             yield tower, p, leaf
 
 
-def _groups(flat: Mapping[tuple[str, str], TensorSpec]) -> Iterator[list[tuple[str, str]]]:
+def _groups(flat: Mapping[tuple[str, str], TensorSpec], limit: int) -> Iterator[list[tuple[str, str]]]:
     group: list[tuple[str, str]] = []
     for key in flat:
         group.append(key)
-        if sum(flat[k].nbytes for k in group) >= _READ_BYTES:
+        if sum(flat[k].nbytes for k in group) >= limit:
             yield group
             group = []
     if group:

@@ -169,7 +169,7 @@ def _axes(path: str, shape: tuple[int, ...], tile: int | None) -> tuple[int, _Ti
 
 @functools.partial(jax.jit, static_argnames=("qtype", "scale_dtype", "output", "tiles"))
 def _quantize(array: np.ndarray | jax.Array, qtype: np.dtype, scale_dtype: np.dtype, output: int, tiles: _Tiles) -> Any:
-    """A `qwix.QArray`; jitted, so that no float32 of the whole array is made on the way."""
+    """A `qwix.QArray`; jitted, so that a float32 copy of the array is all that is made on the way."""
     import qwix
 
     return qwix.quantize(

@@ -52,7 +52,7 @@ def test_orbax_reads_the_folder_without_this_package(encoder, saved):
 
 def test_reading_in_groups_gives_the_same_params(encoder, saved, monkeypatch):
     monkeypatch.setattr(ckpt, "_READ_BYTES", 10_000)
-    groups = list(ckpt._groups({("t", p): s for p, s in clip_jax_specs(saved).items()}))
+    groups = list(ckpt._groups({("t", p): s for p, s in clip_jax_specs(saved).items()}, 10_000))
     assert len(groups) > 3
     jax.tree.map(np.testing.assert_array_equal, clip_jax.load(saved).params, encoder.params)
 
