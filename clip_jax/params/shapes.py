@@ -35,7 +35,7 @@ class TensorSpec:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that it takes in memory, int4 packed two to a byte (as jax does from 0.12 on)."""
+        """Bytes that it takes in memory, int4 packed two to a byte (as jax 0.12 has them)."""
         bits = 4 if self.dtype == ml_dtypes.int4 else 8 * self.dtype.itemsize
         return -(-math.prod(self.shape) * bits // 8)
 
