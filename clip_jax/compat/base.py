@@ -32,6 +32,12 @@ _WITHOUT_EFFECT = frozenset(
     "from_pt from_flax use_safetensors resume_download low_cpu_mem_usage trust_remote_code mirror user_agent "
     "_from_auto _from_pipeline".split()
 )
+# Those that asked for something that is not done here; they may be passed as long as they do not ask.
+_NOT_OFFERED = {
+    "force_download": "delete the cached copy instead",
+    "ignore_mismatched_sizes": "weights of other shapes are an error, and nothing is made up for them",
+    "proxies": "set HTTPS_PROXY instead",
+}
 
 
 class FlaxPreTrainedModel:
@@ -135,6 +141,9 @@ class FlaxPreTrainedModel:
             cache_dir=cache_dir,
             folder=subfolder,
         )
+        for name, instead in _NOT_OFFERED.items():
+            if kwargs.pop(name, None):
+                raise ClipJaxError(f"{cls.__name__}.from_pretrained does not offer {name}: {instead}.")
         fields = {name: value for name, value in kwargs.items() if name not in _WITHOUT_EFFECT}
         if shardings is None and not _do_init:
             shardings = _host()

@@ -68,6 +68,8 @@ def test_the_arguments_of_old_are_taken(pipeline):
         from_pt=True,
         use_safetensors=True,
         resume_download=False,
+        force_download=False,
+        ignore_mismatched_sizes=False,
         revision="main",
         local_files_only=False,
         use_auth_token=None,
@@ -76,6 +78,8 @@ def test_the_arguments_of_old_are_taken(pipeline):
         input_shape=(1, 77),
     )
     assert model.input_shape == (1, 77)
+    with pytest.raises(ClipJaxError, match="does not offer ignore_mismatched_sizes: weights of other shapes are"):
+        FlaxCLIPTextModel.from_pretrained(pipeline, subfolder="text_encoder", ignore_mismatched_sizes=True)
     with pytest.raises(ClipJaxError, match="has no argument 'output_hidden_state', and its config no such field"):
         FlaxCLIPTextModel.from_pretrained(pipeline, subfolder="text_encoder", output_hidden_state=True)
 
