@@ -11,19 +11,17 @@ import functools
 import operator
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from clip_jax.embed import Skips
 from clip_jax.structs import TextEmbeddings, Tokens
 
 #: How much is held where nothing else is said: about five hundred prompts of SD 1.5 with their negatives, in float32.
 CACHE_BYTES = 256 * 2**20
-
-#: Layers to leave out for the negative prompts and for the prompts.
-Skips = tuple[int | None, int | None]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -132,6 +130,18 @@ def call_key(prompts: Sequence[object], *options: Hashable) -> Hashable | None:
     except TypeError:
         return None
     return key
+
+
+def on_host(tokens: Tokens, towers: Collection[str]) -> bool:
+    """Whether rows can be looked up: these are ids of numpy, one row for every prompt, for all of the towers."""
+    sides = [side for side in (tokens.uncond, tokens.cond) if side is not None]
+    arrays = [ids for side in sides for ids in side.values()]
+    return (
+        all(side.keys() == set(towers) for side in sides)
+        and all(isinstance(ids, np.ndarray) and ids.ndim == 2 for ids in arrays)
+        and len({len(ids) for ids in arrays}) == 1
+        and not (tokens.zero_uncond and tokens.uncond is not None)
+    )
 
 
 def encode_cached(

@@ -22,6 +22,9 @@ from clip_jax.structs import TextEmbeddings, Tokens
 #: A nested dict of arrays, or of `qwix.QArray`s where they are quantised.
 Params = Mapping[str, Any]
 
+#: `clip_skip_negative` and `clip_skip`.
+Skips = tuple[int | None, int | None]
+
 
 @functools.partial(
     jax.jit,

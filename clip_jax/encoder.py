@@ -14,9 +14,9 @@ import jax.typing
 import numpy as np
 
 from clip_jax.buckets import BATCHES, bucket_of, cut_rows, pad_rows, without_tails
-from clip_jax.cache import CACHE_BYTES, EmbeddingCache, Skips, call_key, encode_cached
+from clip_jax.cache import CACHE_BYTES, EmbeddingCache, call_key, encode_cached, on_host
 from clip_jax.config import TowerConfig
-from clip_jax.embed import Params, layers_taken, text_embeddings
+from clip_jax.embed import Params, Skips, layers_taken, text_embeddings
 from clip_jax.errors import ClipJaxError
 from clip_jax.families import FAMILIES, Family, Tower
 from clip_jax.models import intercepted
@@ -26,7 +26,7 @@ from clip_jax.params.quantize import scheme_of, split
 from clip_jax.params.shapes import flatten, layer_groups
 from clip_jax.params.shard import sharded_rows
 from clip_jax.program import PLATFORMS, export_programs
-from clip_jax.prompts import Prompts
+from clip_jax.prompts import Prompts, by_argument
 from clip_jax.structs import TextEmbeddings, Tokens
 from clip_jax.tokenizers import Overflow, RowTokenizer
 
@@ -171,13 +171,13 @@ class TextEncoder:
         if not isinstance(guidance, bool):
             raise ClipJaxError(f"guidance must be True, False or None, found {guidance!r}.")
         zero_uncond = guidance and self.family.zero_negative and negative_prompt is None
-        prompts = _by_argument("", prompt, prompt_2, prompt_3)
+        prompts = by_argument("", prompt, prompt_2, prompt_3)
         batch = len(prompts["prompt"].texts)
         if batch == 0:
             raise ClipJaxError("prompt is an empty list; expected at least one prompt.")
         if guidance and not zero_uncond:
             negative_prompt = "" if negative_prompt is None else negative_prompt
-            prompts |= _by_argument("negative_", negative_prompt, negative_prompt_2, negative_prompt_3)
+            prompts |= by_argument("negative_", negative_prompt, negative_prompt_2, negative_prompt_3)
         cond, uncond = {}, {}
         for tower in self.family.towers:
             arguments = [name for name in (f"negative_{tower.prompt}", tower.prompt) if name in prompts]
@@ -216,7 +216,7 @@ class TextEncoder:
         skips = (clip_skip_negative, clip_skip)
         for tower in self.family.towers:  # also where nothing is to be computed
             layers_taken(self.family, tower, *skips)
-        if self.cache is None or self.batch_sharding is not None or intercepted() or not self._on_host(tokens):
+        if self.cache is None or self.batch_sharding is not None or intercepted() or not on_host(tokens, self.config):
             return self._run(tokens, skips)
         return encode_cached(self.cache, self.cache.renew(self._state()), tokens, skips, self._run)
 
@@ -295,16 +295,6 @@ class TextEncoder:
     def _state(self) -> list[object]:
         """All that embeddings depend on beside prompts and options."""
         return [*jax.tree.leaves(self.params), *self.tokenizers.values(), self.family, self.dtype]
-
-    def _on_host(self, tokens: Tokens) -> bool:
-        """Whether these are ids of numpy for all towers, as `tokenize` makes them; others are for `_run` to judge."""
-        sides = [side for side in (tokens.uncond, tokens.cond) if side is not None]
-        arrays = [side.get(tower.name) for side in sides for tower in self.family.towers]
-        return all(isinstance(ids, np.ndarray) and ids.ndim == 2 for ids in arrays) and (
-            len({len(ids) for ids in arrays if ids is not None}) == 1
-            and all(len(side) == len(self.family.towers) for side in sides)
-            and not (tokens.zero_uncond and tokens.uncond is not None)
-        )
 
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
         """Writes params, architectures and tokenizers to a folder that `clip_jax.load` reads, quantised if they are.
@@ -405,15 +395,3 @@ class TextEncoder:
         )
         ends = np.cumsum([len(side.texts) for side in sides])[:-1]
         return [np.broadcast_to(rows, (batch, rows.shape[1])).copy() for rows in np.split(ids, ends)]
-
-
-def _by_argument(prefix: str, first: str | Sequence[str], *others: str | Sequence[str] | None) -> dict[str, Prompts]:
-    """Argument name -> prompts; others that are absent or empty are the first, as in diffusers."""
-    prompts = {f"{prefix}prompt": Prompts.of(first, f"{prefix}prompt")}
-    for i, other in enumerate(others, start=2):
-        name = f"{prefix}prompt_{i}"
-        if other is None or (isinstance(other, str) and not other):
-            prompts[name] = prompts[f"{prefix}prompt"]
-        else:
-            prompts[name] = Prompts.of(other, name)
-    return prompts

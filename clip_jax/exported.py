@@ -9,11 +9,12 @@ from pathlib import Path
 import jax
 
 from clip_jax.cache import CACHE_BYTES
+from clip_jax.embed import Skips
 from clip_jax.encoder import TextEncoder
 from clip_jax.errors import CheckpointError, ClipJaxError
 from clip_jax.families import FAMILIES
 from clip_jax.params import checkpoint as ckpt
-from clip_jax.program import Programs, Skips, read_programs
+from clip_jax.program import Programs, read_programs
 from clip_jax.structs import TextEmbeddings, Tokens
 from clip_jax.tokenizers import read_tokenizer
 

@@ -19,16 +19,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import export
 
-from clip_jax.embed import Params, layers_taken, text_embeddings
+from clip_jax.embed import Params, Skips, layers_taken, text_embeddings
 from clip_jax.errors import CheckpointError, ClipJaxError
 from clip_jax.families import Family
 from clip_jax.structs import TextEmbeddings, Tokens
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 _KNOWN = (*PLATFORMS, "rocm")
-
-#: Layers to leave out for the negative prompts and for the prompts.
-Skips = tuple[int | None, int | None]
 
 _FOLDER, _FACTS, _VERSION = "programs", "programs.json", 1
 

@@ -52,3 +52,15 @@ class Prompts:
     def names(self) -> list[str]:
         """What to call each prompt in an error."""
         return [self.argument] if self.for_all else [f"{self.argument}[{i}]" for i in range(len(self.texts))]
+
+
+def by_argument(prefix: str, first: str | Sequence[str], *others: str | Sequence[str] | None) -> dict[str, Prompts]:
+    """Argument name -> prompts; others that are absent or empty are the first, as in diffusers."""
+    prompts = {f"{prefix}prompt": Prompts.of(first, f"{prefix}prompt")}
+    for i, other in enumerate(others, start=2):
+        name = f"{prefix}prompt_{i}"
+        if other is None or (isinstance(other, str) and not other):
+            prompts[name] = prompts[f"{prefix}prompt"]
+        else:
+            prompts[name] = Prompts.of(other, name)
+    return prompts

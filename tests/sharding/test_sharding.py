@@ -22,7 +22,7 @@ from clip_jax.params.shapes import param_shapes
 from clip_jax.params.shard import batch_sharding, device_bytes, idle_axes, param_shardings
 from tests.sharding.small import CLIP, PROMPTS, T5, encode, outputs, write_small
 
-TOLERANCE = 2e-5  # as that of parity: partial sums are added in another order
+TOLERANCE = 1e-5  # partial sums are added in another order
 ROOT = Path(__file__).parents[2]
 FC1, FC2 = (f"text_model/encoder/layers/0/mlp/{name}/kernel" for name in ("fc1", "fc2"))
 
