@@ -12,6 +12,7 @@ import pytest
 
 import clip_jax
 from clip_jax import FAMILIES, CheckpointError, ClipJaxError, ConfigError, PromptTooLongError, Tokens, text_embeddings
+from clip_jax.buckets import without_tails
 from tests.checkpoints import TINY, TINY_G, TINY_T5, hf_state, t5_state, write_family, write_text_encoder
 
 L, G, T5 = TINY.hidden_size, TINY_G.hidden_size, TINY_T5.d_model
@@ -190,7 +191,7 @@ def test_flux_runs_clip_only_to_the_end_of_the_text(encoders, prompt, length):
     tokens = encoder.tokenize(prompt, max_sequence_length=16 * 16)
     whole = text_embeddings(encoder.params, tokens, family=encoder.family)
     np.testing.assert_allclose(encoder.encode(tokens).pooled_prompt_embeds, whole.pooled_prompt_embeds, atol=1e-5)
-    cut = encoder._without_tails(tokens)
+    cut = without_tails(tokens, encoder.family)
     assert cut.cond["clip_l"].shape[1] == length
     clip_alone = dataclasses.replace(
         encoder.family, towers=encoder.family.towers[:1], join=lambda out, _: (out["clip_l"].pooled[..., None, :], None)

@@ -45,6 +45,7 @@ def staged_folder(out: Path, *, overwrite: bool = False, mark: str = CHECKPOINT_
             _recover(out, prefix)
             check_free(out, overwrite, mark)
             stage = Path(tempfile.mkdtemp(prefix=prefix, dir=out.parent))
+            held.callback(shutil.rmtree, stage, ignore_errors=True)
             lock = held.enter_context(open(stage / "lock", "w"))
             fcntl.flock(lock, fcntl.LOCK_EX)
         try:
@@ -60,8 +61,6 @@ def staged_folder(out: Path, *, overwrite: bool = False, mark: str = CHECKPOINT_
                 shutil.rmtree(stage, ignore_errors=True)
                 time.sleep(0.02)
             raise
-        finally:
-            shutil.rmtree(stage, ignore_errors=True)
 
 
 def check_free(out: Path, overwrite: bool, mark: str = CHECKPOINT_MARK) -> None:

@@ -25,6 +25,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--write-errors") and hasattr(config, "workerinput"):
+        raise pytest.UsageError("Each process has seen errors of its own: run with -n0 to write them.")
     config.stash[_ERRORS] = {}
 
 
