@@ -24,7 +24,7 @@ def embed(encoder, tokens, **kwargs):
 def alone(encoder, ids):
     """The model applied to one batch of ids, without any of what `text_embeddings` adds."""
     (tower,) = encoder.family.towers
-    return ClipTextModel(tower.config).apply({"params": encoder.params[TOWER]}, jnp.asarray(ids))
+    return jax.jit(ClipTextModel(tower.config).apply)({"params": encoder.params[TOWER]}, jnp.asarray(ids))
 
 
 def test_unconditional_rows_come_first(encoder, tokens):

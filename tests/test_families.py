@@ -238,7 +238,7 @@ def test_clip_skip_counts_from_the_penultimate_layer(encoders, skip):
     out = encoder("a cat", "bad", clip_skip=skip)
     ids = jnp.asarray(encoder.tokenize("a cat", guidance=False).cond["clip_l"])
     model = clip_jax.ClipTextModel(encoder.config["clip_l"])
-    hidden = model.apply({"params": encoder.params["clip_l"]}, ids).hidden_states[-(skip + 2)]
+    hidden = jax.jit(model.apply)({"params": encoder.params["clip_l"]}, ids).hidden_states[-(skip + 2)]
     np.testing.assert_allclose(out.cond.prompt_embeds[..., :L], hidden, atol=1e-5)
     np.testing.assert_allclose(out.uncond.prompt_embeds, encoder("a cat", "bad").uncond.prompt_embeds, atol=1e-5)
     np.testing.assert_allclose(out.pooled_prompt_embeds, encoder("a cat", "bad").pooled_prompt_embeds, atol=1e-5)

@@ -4,6 +4,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -41,7 +42,7 @@ def test_prompt_embeds(case, golden):
 def test_penultimate_and_pooled(case, golden):
     name, encoder = case
     model = ClipTextModel(encoder.config["clip_l"])
-    out = model.apply({"params": encoder.params["clip_l"]}, jnp.asarray(golden[f"{name}/ids"]))
+    out = jax.jit(model.apply)({"params": encoder.params["clip_l"]}, jnp.asarray(golden[f"{name}/ids"]))
     pooled = out.pooler_output if out.text_embeds is None else out.text_embeds
     penultimate = np.asarray(out.hidden_states[-2])[SLICE]
     np.testing.assert_allclose(penultimate, golden[f"{name}/penultimate"], rtol=0, atol=TOLERANCE)
@@ -53,7 +54,7 @@ def test_another_case_is_told_apart(case, golden):
     name, encoder = case
     config = encoder.config["clip_l"]
     wrong = dataclasses.replace(config, hidden_act="gelu" if config.hidden_act == "quick_gelu" else "gelu_new")
-    out = ClipTextModel(wrong).apply({"params": encoder.params["clip_l"]}, jnp.asarray(golden[f"{name}/ids"]))
+    out = jax.jit(ClipTextModel(wrong).apply)({"params": encoder.params["clip_l"]}, jnp.asarray(golden[f"{name}/ids"]))
     error = np.abs(np.asarray(out.last_hidden_state)[SLICE] - golden[f"{name}/last_hidden_state"]).max()
     assert error > 2 * TOLERANCE
 

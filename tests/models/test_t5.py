@@ -23,7 +23,7 @@ def shapes(config, param_dtype=jnp.float32):
 
 @pytest.fixture(scope="module")
 def params():
-    return T5Encoder(TINY).init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    return jax.jit(T5Encoder(TINY).init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def ids():
 
 
 def run(params, ids, dtype=jnp.float32, **kwargs):
-    return T5Encoder(TINY, dtype).apply({"params": params}, jnp.asarray(ids), **kwargs)
+    return jax.jit(T5Encoder(TINY, dtype).apply)({"params": params}, jnp.asarray(ids), **kwargs)
 
 
 def scaled(params, **factors):
@@ -76,7 +76,7 @@ def test_parameters_are_made_in_the_asked_dtype():
 
 def test_initial_weights_have_the_spread_of_transformers():
     config = T5EncoderConfig(d_model=256, d_kv=64, d_ff=512, num_layers=1, num_heads=8, vocab_size=1000)
-    tree = flatten(T5Encoder(config).init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"])
+    tree = flatten(jax.jit(T5Encoder(config).init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"])
     spread = {path.split("/")[-2]: float(np.std(x)) for path, x in tree.items()}
     expected = {"shared": 1.0, "q": (256 * 64) ** -0.5, "k": 256**-0.5, "v": 256**-0.5, "o": 512**-0.5}
     expected |= {"wi_0": 256**-0.5, "wi_1": 256**-0.5, "wo": 512**-0.5, "relative_attention_bias": 256**-0.5}
