@@ -226,7 +226,10 @@ def _embed(arguments: argparse.Namespace) -> None:
     from clip_jax.compilation import enable_compilation_cache
     from clip_jax.loading import load
 
-    enable_compilation_cache()
+    try:
+        enable_compilation_cache()
+    except ClipJaxError as error:  # a read-only home is no reason not to encode
+        _say("warning", f"{error} Programs are compiled anew each time.")
     encoder = load(
         _one_or_all(arguments.model),
         dtype=arguments.dtype,

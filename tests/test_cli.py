@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
@@ -429,3 +430,14 @@ def test_a_copy_of_a_converted_model_without_a_file_is_one_line(model, tmp_path,
     copy = shutil.copytree(model, tmp_path / "copy")
     shutil.rmtree(copy / "tokenizers")
     assert fails(capsys, "info", copy).startswith(f"{copy} is not whole. damaged (2): tokenizers/clip_l/")
+
+
+def test_a_home_that_cannot_be_written_keeps_nobody_from_encoding(tiny_sd15, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    jax.config.update("jax_compilation_cache_dir", None)  # an earlier test may have set one
+    assert main(["embed", "a cat", "--model", str(tiny_sd15), "--family", "sd15"]) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("prompt_embeds (2, 77, 32)")
+    assert "warning: " in err
+    assert "cannot be made" in err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import os
 from collections.abc import Mapping
@@ -82,5 +83,5 @@ def tower_config(config: Any, architecture: str) -> TowerConfig:
     if read.to_hf()["model_type"] != model_type:
         raise ConfigError(f"Flax{architecture} is made from a {model_type!r}, found {fields['model_type']!r}.")
     if isinstance(read, ClipTextConfig) and architecture == "CLIPTextModel":
-        return ClipTextConfig(**{**vars(read), "projection_dim": None})
+        return dataclasses.replace(read, projection_dim=None)
     return read

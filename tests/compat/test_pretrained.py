@@ -12,7 +12,7 @@ import clip_jax
 from clip_jax import CheckpointError, ClipJaxError, ConfigError
 from clip_jax.compat import CLIPTextEncoder, FlaxCLIPTextModel, FlaxCLIPTextModelWithProjection, FlaxT5EncoderModel
 from clip_jax.params.shapes import flatten
-from tests.checkpoints import digests
+from tests.checkpoints import digests, load_as_sd15
 from tests.compat.conftest import IDS, SMALL, SMALL_PROJECTED
 
 
@@ -36,9 +36,7 @@ def test_what_is_saved_is_read_again(name, request, tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["architectures"] == [model.architecture]
 
 
-def test_what_is_saved_is_read_by_load(clip, tmp_path, monkeypatch):
-    from tests.checkpoints import load_as_sd15
-
+def test_what_is_saved_is_read_by_load(clip, tmp_path):
     low = clip.to_bf16(clip.params)
     clip.save_pretrained(tmp_path, params=low)
     same(load_as_sd15(tmp_path, SMALL).params["clip_l"], clip.to_fp32(low))

@@ -82,7 +82,7 @@ def cotangent(shape: tuple[int, ...]) -> np.ndarray:
 
 
 def flat_outputs(out: object) -> dict[str, np.ndarray]:
-    """An output of either, as a flat dict; bfloat16 as float32, for which numpy has a file format."""
+    """An output of either, tuple or not, as a flat dict: "hidden_states/0" is the first of several."""
     named = dict(enumerate(out)) if isinstance(out, tuple) else dict(out.items())
     flat = {}
     for key, value in named.items():
