@@ -100,10 +100,10 @@ class ForeignTower:
         leaves = {}
         for path, spec in self.specs().items():
             if placement is None:
-                # A copy: on a CPU, device_put would take an aligned view of the file as it is.
                 array = jnp.array(self.read(path, dtype, scheme))
             else:
-                array = sharded_array(spec.shape, placement(path, spec), self.reader(path, dtype, scheme))
+                read = self.reader(path, dtype, scheme)
+                array = sharded_array(spec.shape, placement(path, spec), lambda index, read=read: _owned(read(index)))
             leaves[path] = scheme.quantize(path, array)
             update(spec.nbytes)
         return leaves
@@ -247,6 +247,11 @@ def _is_big_g(kernel: np.ndarray) -> bool:
     """Whether this is the projection [D, P] of SDXL's bigG, or one fine-tuned from it."""
     row, column = kernel[0, :3].astype(np.float32), kernel[:3, 0].astype(np.float32)
     return bool(np.allclose(row, _BIG_G_ROW, atol=2e-3) and np.allclose(column, _BIG_G_COLUMN, atol=2e-3))
+
+
+def _owned(array: np.ndarray) -> np.ndarray:
+    """A copy of a view: on a CPU a device would take an aligned one of a file as it is."""
+    return array if array.flags.owndata else array.copy()
 
 
 def _stored_dtype(tensor: Tensor) -> np.dtype:

@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -22,6 +23,13 @@ _CACHE_FOLDER = tempfile.TemporaryDirectory(prefix="clip-jax-tests-")
 os.environ["XDG_CACHE_HOME"] = _CACHE_FOLDER.name
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
 jax.config.update("jax_enable_compilation_cache", False)
+
+
+@pytest.fixture
+def trace_anew() -> Iterator[Callable[[], None]]:
+    """Called after a patch of what models are made of: what was traced before is forgotten, and the patch afterwards."""
+    yield jax.clear_caches
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="session")

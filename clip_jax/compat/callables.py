@@ -56,7 +56,7 @@ class _CallableEncoder:
         def place(leaf: Any) -> jax.Array:
             sharding = device_or_sharding
             if isinstance(sharding, jax.sharding.Sharding) and not sharding.is_fully_addressable:
-                return sharded_array(leaf.shape, sharding, np.asarray(leaf).__getitem__)
+                return sharded_array(leaf.shape, sharding, np.array(leaf).__getitem__)
             return jax.device_put(leaf, sharding)
 
         self.params = jax.tree.map(place, self.params)

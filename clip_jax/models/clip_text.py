@@ -28,6 +28,7 @@ from clip_jax.errors import ClipJaxError
 from clip_jax.models import functional
 from clip_jax.models.axes import bias_init, with_axes
 from clip_jax.models.quantized import Dense, Embed
+from clip_jax.models.repeated import repeated
 
 
 @jax.tree_util.register_dataclass
@@ -164,7 +165,7 @@ class ClipLayers(_Module):
     def __call__(self, x: jax.Array, mask: jax.Array, row: jax.Array) -> _Blocks:
         hidden_states, attentions = [x], []
         for i in range(self.config.num_hidden_layers):
-            layer = self.child(ClipEncoderLayer, str(i))
+            layer = self.child(repeated(ClipEncoderLayer, self), str(i))
             x, weights = layer(x, mask)
             hidden_states.append(x)
             attentions.append(weights)

@@ -27,6 +27,7 @@ import numpy as np
 from clip_jax.models import functional
 from clip_jax.models.axes import with_axes
 from clip_jax.models.quantized import Dense, Embed
+from clip_jax.models.repeated import repeated
 from clip_jax.t5_config import T5EncoderConfig
 
 
@@ -177,7 +178,7 @@ class T5Blocks(_Module):
     def __call__(self, x: jax.Array, mask: jax.Array | None) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
         hidden_states, attentions, bias = [x], [], None
         for i in range(self.config.num_layers):
-            x, bias, weights = self.child(T5Block, str(i))(x, mask, bias)
+            x, bias, weights = self.child(repeated(T5Block, self), str(i))(x, mask, bias)
             hidden_states.append(x)
             attentions.append(weights)
         return tuple(hidden_states), tuple(attentions)

@@ -5,7 +5,7 @@
     OUT/tokenizers/<tower>/       tokenizer.json and tokenizer_config.json
     OUT/files.json                size of every file below: an incomplete copy is told from a whole one
 
-Orbax through its v1 API. It is imported inside the functions: `import clip_jax` stays fast.
+Written by Orbax through its v1 API, read as `arrays` says. Orbax is imported inside the functions: loading needs none.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import dataclasses
 import importlib.metadata
 import json
 import logging
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,6 +26,7 @@ import numpy as np
 
 from clip_jax.config import TowerConfig, config_from_hf
 from clip_jax.errors import CheckpointError
+from clip_jax.params.arrays import StoredArray, open_arrays
 from clip_jax.params.cast import check_range
 from clip_jax.params.quantize import PLAIN, Scheme, join, scheme_called
 from clip_jax.params.shapes import (
@@ -35,13 +37,13 @@ from clip_jax.params.shapes import (
     param_shapes,
     unflatten,
 )
-from clip_jax.params.shard import Placement
+from clip_jax.params.shard import Placement, sharded_array
 from clip_jax.params.staging import staged_folder
 from clip_jax.progress import byte_bar
 
 # Version 2 is quantised; what is not keeps version 1, which older ones of this package read.
 _FORMAT, _FORMAT_VERSION, _FILES = "clip_jax", 2, "files.json"
-# Parameters are read in groups of about this size: enough to keep the disk busy, little beside the params.
+# About so much is read ahead of the parameter that is wanted: enough to keep the disk busy, little beside the params.
 _READ_BYTES = 256 * 2**20
 # A process that wants a part of a parameter reads all chunks that it touches; small ones take memory to write.
 _CHUNK_BYTES = 2**24
@@ -248,21 +250,12 @@ def stored_specs(path: Path) -> dict[str, dict[str, TensorSpec]]:
     """Tower name -> path -> shape and dtype of the stored parameters, whatever they are.
 
     Raises:
-        CheckpointError: Orbax cannot list them.
+        CheckpointError: TensorStore cannot list them.
     """
-    from orbax.checkpoint import v1 as ocp
-
-    try:
-        with _quiet_orbax():
-            stored = ocp.metadata(path.absolute()).metadata  # of a relative path Orbax finds nothing
-    except Exception as error:  # Orbax has no common base class for what a damaged folder raises
-        raise _damaged(path, error) from error
-    if stored is None:  # what Orbax says of params that are not there, or too damaged to be listed
-        raise _damaged(path, "it lists no params")
-    return {
-        tower: {p: TensorSpec(tuple(leaf.shape), np.dtype(leaf.dtype)) for p, leaf in flatten(tree).items()}
-        for tower, tree in stored.items()
-    }
+    specs: dict[str, dict[str, TensorSpec]] = {}
+    for (tower, p), array in _open_arrays(path).items():
+        specs.setdefault(tower, {})[p] = TensorSpec(array.shape, array.dtype)
+    return specs
 
 
 def read_params(
@@ -288,7 +281,7 @@ def read_params(
         progress: Whether to show a progress bar; None means on a terminal.
 
     Raises:
-        CheckpointError: float16 cannot hold a value, or Orbax cannot read the data.
+        CheckpointError: float16 cannot hold a value, or TensorStore cannot read the data.
     """
     towers = specs.keys() if towers is None else towers
     leaves: dict[str, dict[str, jax.Array]] = {}
@@ -308,68 +301,50 @@ def iter_params(
     placement: Placement | None = None,
     scheme: Scheme = PLAIN,
 ) -> Iterator[tuple[str, str, jax.Array]]:
-    """Tower, path and stored array of some towers, a few hundred MB at a time; as in `read_params`, to be quantised."""
-    flat = {(tower, p): spec for tower, tree in specs.items() for p, spec in tree.items()}
+    """Tower, path and stored array of some towers, one after the other; as in `read_params`, to be quantised."""
+    arrays = _open_arrays(path)
+
+    def begin(tower: str, p: str) -> Callable[[], jax.Array]:
+        array = arrays[tower, p]
+        kept = scheme.read_dtype(p, array.dtype, dtype)
+        if placement is None:
+            reading = array.read(kept)
+            return lambda: jax.device_put(reading.result())
+        sharding = placement(tower, p, specs[tower][p])
+        return lambda: sharded_array(array.shape, sharding, lambda index: array.read(kept, index).result())
+
     # Of what is freed between quantised params, malloc gives little back: then there should be less of it.
     limit = _READ_BYTES if scheme is PLAIN else _READ_BYTES // 8
-    for group in _groups({key: spec for key, spec in flat.items() if key[0] in towers}, limit):
-        with _quiet_orbax():
-            read = _read_group(path, flat, group, dtype, placement, scheme)
-        for tower, p in group:
-            leaf = read.pop((tower, p))
-            if leaf.dtype == jnp.float16 and flat[tower, p].dtype != np.float16:
-                check_range(float(jnp.abs(leaf).max()), f"{tower}/{p}")
-            yield tower, p, leaf
+    ahead: deque[tuple[str, str, Callable[[], jax.Array]]] = deque()
+    to_read = deque((tower, p) for tower, tree in specs.items() if tower in towers for p in tree)
+    while to_read or ahead:
+        while to_read and sum(specs[tower][p].nbytes for tower, p, _ in ahead) < limit:
+            ahead.append((*to_read[0], begin(*to_read.popleft())))
+        tower, p, finish = ahead.popleft()
+        try:
+            leaf = finish()
+        except ValueError as error:
+            raise _damaged(path, error) from error
+        if leaf.dtype == jnp.float16 and specs[tower][p].dtype != np.float16:
+            check_range(float(jnp.abs(leaf).max()), f"{tower}/{p}")
+        yield tower, p, leaf
 
 
-def _groups(flat: Mapping[tuple[str, str], TensorSpec], limit: int) -> Iterator[list[tuple[str, str]]]:
-    group: list[tuple[str, str]] = []
-    for key in flat:
-        group.append(key)
-        if sum(flat[k].nbytes for k in group) >= limit:
-            yield group
-            group = []
-    if group:
-        yield group
-
-
-def _read_group(
-    path: Path,
-    flat: Mapping[tuple[str, str], TensorSpec],
-    group: list[tuple[str, str]],
-    dtype: np.dtype | None,
-    placement: Placement | None,
-    scheme: Scheme,
-) -> dict[tuple[str, str], jax.Array]:
-    from orbax.checkpoint import v1 as ocp
-
-    wanted = set(group)
-    abstract: dict[str, dict[str, Any]] = {}
-    for (tower, p), spec in flat.items():
-        abstract.setdefault(tower, {})[p] = ocp.PLACEHOLDER
-        if (tower, p) in wanted:
-            kept = scheme.read_dtype(p, spec.dtype, dtype)
-            # Without a sharding in every leaf Orbax takes the one of the machine that wrote the checkpoint.
-            sharding = (placement or _default_device)(tower, p, spec)
-            abstract[tower][p] = jax.ShapeDtypeStruct(spec.shape, kept, sharding=sharding)
+def _open_arrays(path: Path) -> dict[tuple[str, str], StoredArray]:
+    """Tower and path -> array."""
     try:
-        loaded = ocp.load(path.absolute(), {tower: unflatten(tree) for tower, tree in abstract.items()})
-    except Exception as error:  # Orbax has no common base class for what damaged data raises
+        arrays = open_arrays(path / "state")
+    except ValueError as error:
         raise _damaged(path, error) from error
-    flat_loaded = {tower: flatten(tree) for tower, tree in loaded.items()}
-    return {(tower, p): flat_loaded[tower][p] for tower, p in group}
-
-
-def _default_device(*_: object) -> jax.sharding.Sharding:
-    return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    if not arrays:
+        raise _damaged(path, "it lists no params")
+    return {(name.partition("/")[0], name.partition("/")[2]): array for name, array in arrays.items()}
 
 
 def _damaged(path: Path, reason: object) -> CheckpointError:
     # The first sentence: TensorStore appends its whole specification.
-    reason = str(reason).partition(". See full")[0].partition("\n")[0]
-    return CheckpointError(
-        f"{path} cannot be read by Orbax, files in it are missing or damaged: {reason}. Convert again."
-    )
+    reason = str(reason).partition(" [source locations")[0].partition(". See full")[0].partition("\n")[0]
+    return CheckpointError(f"{path} cannot be read, files in it are missing or damaged: {reason}. Convert again.")
 
 
 def versions() -> dict[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -15,7 +16,7 @@ import ml_dtypes
 import numpy as np
 from flax import traverse_util
 
-from clip_jax.config import TowerConfig
+from clip_jax.config import ClipTextConfig, TowerConfig
 from clip_jax.errors import CheckpointError
 from clip_jax.models import model_of
 
@@ -24,6 +25,8 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 #: "text_model/encoder/layers/0/mlp/fc1/kernel" -> ("embed", "mlp"); None is a dimension that has no name.
 Axes = Mapping[str, tuple[str | None, ...]]
+
+_SECOND_BLOCK = re.compile(r"(.*/(?:layers|block)/)1/")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,21 +46,41 @@ class TensorSpec:
 @functools.cache
 def param_shapes(config: TowerConfig) -> Shapes:
     """Path -> shape of every parameter of a tower; nothing is allocated."""
-    return {path: leaf.shape for path, leaf in flatten(_abstract(config)).items()}
+    return {path: leaf.shape for path, leaf in _every_block(config, flatten(_abstract(config))).items()}
 
 
 @functools.cache
 def param_axes(config: TowerConfig) -> Axes:
     """Path -> logical axis of every dimension of every parameter, as `clip_jax.models` documents them."""
     specs = traverse_util.flatten_dict(nn.get_partition_spec(_abstract(config)), sep="/")
+    specs = _every_block(config, specs)
     return {
         path: (*specs[path], *[None] * (len(shape) - len(specs[path]))) for path, shape in param_shapes(config).items()
     }
 
 
 def _abstract(config: TowerConfig) -> dict[str, Any]:
+    """The parameters of a model of the first two blocks; T5's first has one more than the others."""
+    blocks = min(2, _blocks(config))
+    if isinstance(config, ClipTextConfig):
+        config = dataclasses.replace(config, num_hidden_layers=blocks)
+    else:
+        config = dataclasses.replace(config, num_layers=blocks)
     with nn.logical_axis_rules(()):  # a pipeline's own rules, where they are in force, would constrain shapes
         return jax.eval_shape(model_of(config).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+
+
+def _every_block(config: TowerConfig, leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """Has the second block stand for all that follow."""
+    every = dict(leaves)
+    for path, leaf in leaves.items():
+        if second := _SECOND_BLOCK.match(path):
+            every |= {f"{second[1]}{i}{path[second.end() - 1 :]}": leaf for i in range(2, _blocks(config))}
+    return every
+
+
+def _blocks(config: TowerConfig) -> int:
+    return config.num_hidden_layers if isinstance(config, ClipTextConfig) else config.num_layers
 
 
 def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:

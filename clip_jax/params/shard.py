@@ -122,16 +122,15 @@ def sharded_array(shape: tuple[int, ...], sharding: Sharding, read: Callable[[In
     Args:
         shape: Of the whole.
         sharding: Where the parts go. Of several processes each reads its own.
-        read: Returns one part; called once for all devices that hold the same one.
+        read: Returns one part, which a device may take as it is: nothing that changes later. Called once for all
+            devices that hold the same one.
     """
     parts: dict[str, np.ndarray] = {}
 
     def part(index: Index) -> np.ndarray:
         key = str(index)  # slices have no hash before Python 3.12
         if key not in parts:
-            array = read(index)
-            # On a CPU a device would take an aligned view of a file as it is.
-            parts[key] = array if array.flags.owndata else array.copy()
+            parts[key] = read(index)
         return parts[key]
 
     return jax.make_array_from_callback(shape, sharding, part)
@@ -141,7 +140,7 @@ def sharded_rows(ids: np.ndarray | jax.Array, sharding: NamedSharding) -> np.nda
     """Token ids [B, L] with their rows where `sharding` says; as they are where B does not divide."""
     if len(ids) % math.prod(sharding.mesh.shape[axis] for axis in _names(sharding.spec[0])):
         return ids
-    return sharded_array(ids.shape, sharding, np.asarray(ids).__getitem__)
+    return sharded_array(ids.shape, sharding, np.array(ids).__getitem__)
 
 
 def _spec(

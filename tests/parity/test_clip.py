@@ -126,9 +126,10 @@ def test_without_a_fault_the_comparison_passes(sound, assert_parity):
     compare(*sound, assert_parity)
 
 
-def test_control_mask_shifted_by_one(sound, assert_parity, monkeypatch):
+def test_control_mask_shifted_by_one(sound, assert_parity, monkeypatch, trace_anew):
     shifted = jnp.tril(jnp.ones((77, 77), bool), 1)[None, None]
     monkeypatch.setattr(functional, "causal_mask", lambda *_: shifted)
+    trace_anew()
     with pytest.raises(AssertionError, match="max abs error"):
         compare(*sound, assert_parity)
 

@@ -163,24 +163,27 @@ def tiny_params():
     return params_of(torch_model(TINY))
 
 
-def test_the_comparison_catches_the_exact_gelu(assert_parity, tiny_params, monkeypatch):
+def test_the_comparison_catches_the_exact_gelu(assert_parity, tiny_params, monkeypatch, trace_anew):
     monkeypatch.setattr(functional, "activation", lambda x, _: jax.nn.gelu(x, approximate=False))
+    trace_anew()
     assert_disagree(assert_parity, tiny_params, random_ids(3, 77))
 
 
-def test_the_comparison_catches_scaled_attention(assert_parity, tiny_params, monkeypatch):
+def test_the_comparison_catches_scaled_attention(assert_parity, tiny_params, monkeypatch, trace_anew):
     attention = functional.biased_attention
     monkeypatch.setattr(functional, "biased_attention", lambda q, *rest: attention(q * 8**-0.5, *rest))
+    trace_anew()
     assert_disagree(assert_parity, tiny_params, random_ids(3, 77))
 
 
-def test_the_comparison_catches_a_bias_in_the_first_block_alone(assert_parity, tiny_params, monkeypatch):
-    attention, blocks = functional.biased_attention, iter(range(3))
+def test_the_comparison_catches_a_bias_in_the_first_block_alone(assert_parity, tiny_params, monkeypatch, trace_anew):
+    attention, blocks = functional.biased_attention, iter(range(2))  # the others are traced as one
 
     def once(query, key, value, bias, mask):
         return attention(query, key, value, bias if next(blocks) == 0 else 0 * bias, mask)
 
     monkeypatch.setattr(functional, "biased_attention", once)
+    trace_anew()
     assert_disagree(assert_parity, tiny_params, random_ids(3, 77))
     assert next(blocks, None) is None
 
