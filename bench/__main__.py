@@ -1,7 +1,7 @@
 """The benchmarks, each ours beside its peers: `python -m bench`. See bench/README.md.
 
 encode: a guidance pair through the text encoders of SD 1.5, SD 2.1 and SDXL. compat: the drop-in classes. cold: a whole
-process to its first embeddings.
+process to its first embeddings. cache: calls that find a part or all of what they want in the cache.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.cached import run_cache
 from bench.cold import run_cold
 from bench.contenders import CONTENDERS, ENVIRONMENTS
 from bench.environments import parse_pythons, run_helper
@@ -30,7 +31,7 @@ from bench.suite import run_cases
 from bench.timings import SCHEMA
 from bench.workshop import Case, Workshop
 
-BENCHMARKS = ("encode", "compat", "cold")
+BENCHMARKS = ("encode", "compat", "cold", "cache")
 # Cores that other processes took while we timed. More than this, and the numbers are not worth publishing:
 # a threaded matmul that waits for a core it shares can be 20 times slower, and not all suffer alike.
 QUIET = 0.1
@@ -66,6 +67,8 @@ def run(benchmark: str, args: argparse.Namespace, shop: Workshop) -> dict[str, A
     extra: dict[str, Any] = {}
     if benchmark == "cold":
         found = run_cold(shop)
+    elif benchmark == "cache":
+        found = run_cache(shop, args.presets)
     else:
         ours, *peers = CONTENDERS[benchmark]
         contenders = [ours, *(one for one in peers if args.contenders is None or one.name in args.contenders)]
@@ -146,7 +149,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME=PATH",
         help=f"the interpreter of an environment ({', '.join(ENVIRONMENTS)}); default: this one",
     )
-    parser.add_argument("--presets", nargs="+", default=PRESETS, choices=PRESETS, help="of encode")
+    parser.add_argument("--presets", nargs="+", default=PRESETS, choices=PRESETS, help="of encode and cache")
     parser.add_argument("--precisions", nargs="+", default=PRECISIONS, choices=PRECISIONS, help="of encode")
     parser.add_argument("--batches", nargs="+", type=int, default=[1], metavar="PAIRS", help="of encode; default: 1")
     parser.add_argument("--contenders", nargs="+", metavar="NAME", help="peers to time; default: all")

@@ -11,7 +11,7 @@ from typing import Any
 from bench.timings import number
 
 _OURS, _PEER = "#d1495b", "#8d99ae"
-_UNITS = {"encode": ("ms", 1), "compat": ("ms", 1), "cold": ("s", 1e-3)}
+_UNITS = {"encode": ("ms", 1), "compat": ("ms", 1), "cold": ("s", 1e-3), "cache": ("µs", 1e3)}
 
 
 def draw(result: Mapping[str, Any], out: Path) -> None:

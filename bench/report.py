@@ -1,8 +1,8 @@
 """Turns a result into its table in a document: `python -m bench.report bench/results/NAME.json`.
 
 A result with `cases` is one of `python -m bench`, one with `peaks` of `bench.memory`, one with `formats` of
-`bench.formats`, one with `flops` of `bench.flops`, one with `quantized` of `bench.quantize`, and one with `errors` is
-what `pytest tests/parity --write-errors` writes.
+`bench.formats`, one with `flops` of `bench.flops`, one with `quantized` of `bench.quantize`, one with `scan` of
+`bench.scan`, and one with `errors` is what `pytest tests/parity --write-errors` writes.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from bench.host import ROOT
-from bench.timings import SCHEMA, caption, rows
+from bench.timings import SCHEMA, caption, number, rows
 
 _MIGRATION = Path("docs/migration.md")
 _README = Path("README.md")
+_BENCH = Path("bench/README.md")
 _OWN = Path("the document of the result")
 
 
@@ -42,6 +43,7 @@ def render(result: Mapping[str, Any], source: str) -> str:
         "bench:flops": _render_flops,
         "bench:formats": _render_formats,
         "bench:quantize": _render_quantized,
+        "bench:scan": _render_scan,
     }
     return renderers.get(kind(result), _render_times)(result, source)
 
@@ -57,13 +59,14 @@ def kind(result: Mapping[str, Any]) -> str:
         "flops": "bench:flops",
         "formats": "bench:formats",
         "quantized": "bench:quantize",
+        "scan": "bench:scan",
     }
     return next(name for key, name in kinds.items() if key in result)
 
 
 def document(result: Mapping[str, Any]) -> Path:
     """The document that has the table of a result."""
-    return ROOT / (_MIGRATION if result.get("benchmark") == "compat" else _README)
+    return ROOT / {"bench:compat": _MIGRATION, "bench:scan": _BENCH}.get(kind(result), _README)
 
 
 def _render_errors(result: Mapping[str, Any], source: str) -> str:
@@ -145,6 +148,27 @@ def _quantized_errors(found: Mapping[str, Any]) -> list[str]:
     if "min_cosine" not in found:  # float32, which the others are held against
         return ["", "", ""]
     return [f"{found['min_cosine']:.5f}", f"{found['mean_cosine']:.5f}", f"{found['relative_error']:.1%}"]
+
+
+def _render_scan(result: Mapping[str, Any], source: str) -> str:
+    header = ["text encoder", "layers", "first call, s", "as a scan, s", "ms", "as a scan, ms", "ratio"]
+    rows = [header, ["---", *["---:"] * len(header[1:])]]
+    for case in result["scan"]:
+        first, ms, ratio = case["first_call_s"], case["ms"], case["ratio"]
+        rows.append(
+            [
+                f"{case['family']}, {case['dtype']}",
+                str(case["layers"]),
+                *(f"{first[name]:.2f}" for name in ("unrolled", "scan")),
+                *(number(ms[name]["median"]) for name in ("unrolled", "scan")),
+                f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})",
+            ]
+        )
+    return (
+        f"{_table(rows)}\n\nIds [2, 77] to the last hidden state, {result['device']}; random weights; medians of "
+        f"{result['rounds']} interleaved calls, and of their ratios, below 1 the unrolled blocks are faster; "
+        f"{_versions(result['versions'])}; {result['date'][:10]}; `{source}`."
+    )
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:

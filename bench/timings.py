@@ -1,4 +1,4 @@
-"""The tables of `encode`, `compat` and `cold`: a row for each contender of each case. Pure."""
+"""The tables of `encode`, `compat`, `cold` and `cache`: a row for each contender of each case. Pure."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def caption(result: _Json, source: str) -> str:
     text = (
         f"{_WHAT[result['benchmark']]} Weights: {settings['weights']}. {settings['repeats']} interleaved "
         f"{_UNIT[result['benchmark']]} each{fewer}: "
-        f"median (quartiles); ratio: median (min to max) of the pairwise ratios of {_ours(result)} and the other, "
-        f"below 1 {_ours(result)} is faster. {'; '.join(facts)}."
+        f"median (quartiles); ratio: median (min to max) of the pairwise ratios {_ratio_of(result)}. "
+        f"{'; '.join(facts)}."
     )
     if ceilings := result.get("ceilings"):
         products = ", ".join(f"{value:,.0f} in {name}" for name, value in ceilings["matmul_gops"].items())
@@ -70,8 +70,11 @@ def _left_out(result: _Json) -> list[str]:
     return reasons
 
 
-def _ours(result: _Json) -> str:
-    return next(iter(result["contenders"]))
+def _ratio_of(result: _Json) -> str:
+    first = next(iter(result["contenders"]))
+    if result["benchmark"] == "cache":
+        return f'to "{first}"'
+    return f"of {first} and the other, below 1 {first} is faster"
 
 
 def _versions(versions: Mapping[str, str]) -> str:
@@ -149,10 +152,12 @@ _COLUMNS: dict[str, list[tuple[str, str, _Cell]]] = {
         _FIRST,
         _PEAK,
     ],
+    "cache": [_PRESET, ("call", "---", lambda row: row.name), ("microseconds", "---:", _spread(1e3)), _RATIO],
 }
 _WHAT = {
     "encode": "Guidance pairs of token ids to embeddings; a pair is two prompts.",
     "compat": "One row of token ids, as numpy has them, to what FLUX takes of it; float32.",
     "cold": "From the start of Python to the first embeddings of a guidance pair; float32, files in the page cache.",
+    "cache": "`encoder(prompt, negative_prompt)`, strings to embeddings of a guidance pair; float32.",
 }
-_UNIT = {"encode": "calls", "compat": "calls", "cold": "processes"}
+_UNIT = {"encode": "calls", "compat": "calls", "cold": "processes", "cache": "calls"}

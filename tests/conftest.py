@@ -27,7 +27,7 @@ jax.config.update("jax_enable_compilation_cache", False)
 
 @pytest.fixture
 def trace_anew() -> Iterator[Callable[[], None]]:
-    """Called after a patch of what models are made of: what was traced before is forgotten, and the patch afterwards."""
+    """Forgets what has been traced. Called after a patch of what models are made of; at the end by itself."""
     yield jax.clear_caches
     jax.clear_caches()
 

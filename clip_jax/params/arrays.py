@@ -1,7 +1,7 @@
 """The arrays of an Orbax folder, read by TensorStore, which is what Orbax keeps them with.
 
-Orbax itself reads into a buffer, from there into an array of NumPy, and from there to the device, and in a young process
-it is memory touched for the first time that takes the time. Here files are mapped, and what is wanted of them is copied
+Orbax itself reads into a buffer, from there into an array of NumPy, and from there to the device; in a young process it
+is memory touched for the first time that takes the time. Here files are mapped, and what is wanted of them is copied
 (and cast) once, into memory that a CPU device takes as it is. Orbax does not even have to be imported.
 
 An array is called like the path of its parameter, with dots: `clip_l.text_model.final_layer_norm.scale`.

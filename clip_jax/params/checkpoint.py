@@ -32,7 +32,6 @@ from clip_jax.params.quantize import PLAIN, Scheme, join, scheme_called
 from clip_jax.params.shapes import (
     TensorSpec,
     check_shapes,
-    flatten,
     list_faults,
     param_shapes,
     unflatten,

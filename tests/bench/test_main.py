@@ -61,9 +61,10 @@ def test_it_writes_what_the_report_reads(machine, monkeypatch, tmp_path, capsys)
 def test_all_benchmarks_are_run_unless_named(machine, monkeypatch, tmp_path):
     monkeypatch.setattr(command, "run_cases", lambda *_: found())
     monkeypatch.setattr(command, "run_cold", lambda *_: found())
+    monkeypatch.setattr(command, "run_cache", lambda *_: found())
     command.main(["--out", str(tmp_path), "--scratch", str(tmp_path / "kept")])
     names = {path.name.partition("-")[0] for path in tmp_path.glob("*.json")}
-    assert names == {"encode", "compat", "cold"}
+    assert names == {"encode", "compat", "cold", "cache"}
     assert (tmp_path / "kept").exists()
 
 
@@ -86,7 +87,7 @@ def test_a_noisy_machine_is_told(machine, monkeypatch, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["decode"], "there is no benchmark decode; known are cold, compat, encode"),
+        (["decode"], "there is no benchmark decode; known are cache, cold, compat, encode"),
         (["--contenders", "tensorflow"], "there is no contender tensorflow"),
         (["--python", "torch=no-such-python"], "there is no interpreter 'no-such-python'"),
     ],

@@ -62,6 +62,11 @@ def test_outside_a_commit_with_nothing_left_out():
             "| preset | contender | whole process, s | ratio | import, s | load, s | first call, s | peak, MiB |",
             "| clip_l | torch eager | 0.10 (0.09 to 1.23) | 0.50 (0.46 to 1.20) | 3.00 | 0.25 | 1.50 | 1,234 |",
         ),
+        (
+            "cache",
+            "| preset | call | microseconds | ratio |",
+            "| clip_l | torch eager | 100,040 (90,000 to 1,234,400) | 0.50 (0.46 to 1.20) |",
+        ),
     ],
 )
 def test_the_other_benchmarks_have_columns_of_their_own(benchmark, header, row):
@@ -80,6 +85,35 @@ def test_every_result_has_its_document_and_its_markers():
     compat = {**RESULT, "benchmark": "compat"}
     assert (kind(compat), document(compat).parts[-2:]) == ("bench:compat", ("docs", "migration.md"))
     assert document({**RESULT, "benchmark": "cold"}).name == document(PARITY).name == "README.md"
+
+
+def test_ratios_of_the_cache_are_to_its_first_call():
+    assert 'of the pairwise ratios to "clip_jax".' in render({**RESULT, "benchmark": "cache"}, "run.json")
+
+
+SCAN = {
+    "date": "2026-01-02T03:04:05+00:00",
+    "device": "Some CPU",
+    "versions": {"python": "3.14.1", "jax": "0.12.0"},
+    "rounds": 15,
+    "scan": [
+        {
+            "family": "sd15",
+            "dtype": "float32",
+            "layers": 12,
+            "first_call_s": {"unrolled": 1.234, "scan": 0.5},
+            "ms": {"unrolled": {"median": 80.0}, "scan": {"median": 100.0}},
+            "ratio": {"median": 0.8, "min": 0.75, "max": 0.9},
+        }
+    ],
+}
+
+
+def test_the_scan_is_in_the_document_of_the_benchmarks():
+    assert (kind(SCAN), document(SCAN).parts[-2:]) == ("bench:scan", ("bench", "README.md"))
+    lines = render(SCAN, "scan.json").splitlines()
+    assert lines[2] == "| sd15, float32 | 12 | 1.23 | 0.50 | 80.0 | 100 | 0.80 (0.75 to 0.90) |"
+    assert "Some CPU" in lines[-1]
 
 
 def test_another_schema_is_refused():

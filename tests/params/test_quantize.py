@@ -354,6 +354,7 @@ def test_a_checkpoint_that_lacks_a_scale_is_refused(saved, quantize, tmp_path):
 # What it costs those who do without
 
 
+@pytest.mark.parametrize("quantize", ["int8"], indirect=True)
 def test_without_quantised_params_qwix_is_not_imported(tiny_sd15, saved):
     work = f"import clip_jax, clip_jax.cli; clip_jax.load({str(tiny_sd15)!r}, family='sd15')('a cat')"
     assert imported(work, ("qwix",)) == set()
