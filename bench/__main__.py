@@ -101,7 +101,8 @@ def run(benchmark: str, args: argparse.Namespace, shop: Workshop) -> dict[str, A
 def _cases(benchmark: str, args: argparse.Namespace) -> list[Case]:
     if benchmark == "compat":
         return [Case(preset, "float32") for preset in COMPAT]
-    return [Case(*case) for case in itertools.product(args.presets, args.precisions, args.batches)]
+    cases = [Case(*case) for case in itertools.product(args.presets, args.precisions, args.batches)]
+    return cases + [Case(preset, name, pairs) for preset, pairs in args.also for name in args.precisions]
 
 
 def _add_least(case: dict[str, Any], ours: str, ceilings: Mapping[str, Any]) -> None:
@@ -133,6 +134,13 @@ def _slug(device: Mapping[str, str]) -> str:
     return re.sub(r"[^a-z0-9]+", "-", device["name"].lower()).strip("-")
 
 
+def _preset_and_pairs(text: str) -> tuple[str, int]:
+    preset, _, pairs = text.partition(":")
+    if preset not in PRESETS or not pairs.isdecimal() or pairs == "0":
+        raise argparse.ArgumentTypeError(f"expected PRESET:PAIRS, one of {', '.join(PRESETS)} and a number")
+    return preset, int(pairs)
+
+
 def _repeats(text: str) -> int:
     if (repeats := int(text)) < 2:
         raise argparse.ArgumentTypeError("a spread needs at least 2")
@@ -152,6 +160,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--presets", nargs="+", default=PRESETS, choices=PRESETS, help="of encode and cache")
     parser.add_argument("--precisions", nargs="+", default=PRECISIONS, choices=PRECISIONS, help="of encode")
     parser.add_argument("--batches", nargs="+", type=int, default=[1], metavar="PAIRS", help="of encode; default: 1")
+    parser.add_argument(
+        "--also", nargs="+", type=_preset_and_pairs, default=[], metavar="PRESET:PAIRS", help="more cases of encode"
+    )
     parser.add_argument("--contenders", nargs="+", metavar="NAME", help="peers to time; default: all")
     parser.add_argument(
         "--repeats", type=_repeats, default=15, help="timed calls of each contender per case; of larger batches fewer"

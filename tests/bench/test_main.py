@@ -41,12 +41,14 @@ def test_it_writes_what_the_report_reads(machine, monkeypatch, tmp_path, capsys)
 
     monkeypatch.setattr(command, "run_cases", run_cases)
     options = ["--presets", "sd15", "--precisions", "float32", "int8", "--batches", "1", "8", "--repeats", "3"]
-    command.main(["encode", *options, "--contenders", "torch eager", "--out", str(tmp_path / "new")])
+    also = ["--also", "sd21:4"]
+    command.main(["encode", *options, *also, "--contenders", "torch eager", "--out", str(tmp_path / "new")])
     assert asked["names"] == ["clip_jax", "torch eager"]
-    assert asked["cases"] == ["sd15 float32 x1", "sd15 float32 x8", "sd15 int8 x1", "sd15 int8 x8"]
+    product = ["sd15 float32 x1", "sd15 float32 x8", "sd15 int8 x1", "sd15 int8 x8"]
+    assert asked["cases"] == [*product, "sd21 float32 x4", "sd21 int8 x4"]
     assert (asked["shop"].platform, asked["shop"].repeats) == ("gpu", 3)
     assert not asked["shop"].scratch.exists()  # a temporary folder
-    assert machine[-1] == ("bench.ceilings", "sd15:1", "sd15:8")
+    assert machine[-1] == ("bench.ceilings", "sd15:1", "sd15:8", "sd21:4")
 
     out = tmp_path / "new" / "encode-nvidia-h200-sxm.json"
     result = json.loads(out.read_text())
@@ -89,6 +91,8 @@ def test_a_noisy_machine_is_told(machine, monkeypatch, tmp_path, capsys):
     [
         (["decode"], "there is no benchmark decode; known are cache, cold, compat, encode"),
         (["--contenders", "tensorflow"], "there is no contender tensorflow"),
+        (["--also", "sd15"], "2"),
+        (["--also", "sd22:1"], "2"),
         (["--python", "torch=no-such-python"], "there is no interpreter 'no-such-python'"),
     ],
 )
