@@ -97,7 +97,10 @@ def _spread(scale: float) -> _Cell:
 
 def _ratio(row: _Row) -> str:
     ratio = row.case["ratio_to"].get(row.name)
-    return f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})" if ratio else ""
+    if not ratio:
+        return ""
+    digits = 2 if ratio["median"] >= 0.01 else 5
+    return f"{ratio['median']:.{digits}f} ({ratio['min']:.{digits}f} to {ratio['max']:.{digits}f})"
 
 
 def _throughput(row: _Row) -> str:

@@ -88,7 +88,10 @@ def test_every_result_has_its_document_and_its_markers():
 
 
 def test_ratios_of_the_cache_are_to_its_first_call():
-    assert 'of the pairwise ratios to "clip_jax".' in render({**RESULT, "benchmark": "cache"}, "run.json")
+    case = {**RESULT["cases"][0], "ratio_to": {"torch eager": {"median": 0.000291, "min": 0.0002, "max": 0.0123}}}
+    text = render({**RESULT, "benchmark": "cache", "cases": [case]}, "run.json")
+    assert 'of the pairwise ratios to "clip_jax".' in text
+    assert "| 0.00029 (0.00020 to 0.01230) |" in text
 
 
 SCAN = {
