@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _without_orbax_threads(unraisable: Any) -> None:
-    """Drops what Orbax' threads say after a failed read, across our one line; that error has been reported."""
+    """Drops what Orbax' threads say after a failed write, across our one line; that error has been reported."""
     if str(unraisable.exc_value) != "Event loop is closed":
         sys.__unraisablehook__(unraisable)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -103,7 +104,7 @@ class ForeignTower:
                 array = jnp.array(self.read(path, dtype, scheme))
             else:
                 read = self.reader(path, dtype, scheme)
-                array = sharded_array(spec.shape, placement(path, spec), lambda index, read=read: _owned(read(index)))
+                array = sharded_array(spec.shape, placement(path, spec), functools.partial(_owned, read))
             leaves[path] = scheme.quantize(path, array)
             update(spec.nbytes)
         return leaves
@@ -249,8 +250,9 @@ def _is_big_g(kernel: np.ndarray) -> bool:
     return bool(np.allclose(row, _BIG_G_ROW, atol=2e-3) and np.allclose(column, _BIG_G_COLUMN, atol=2e-3))
 
 
-def _owned(array: np.ndarray) -> np.ndarray:
-    """A copy of a view: on a CPU a device would take an aligned one of a file as it is."""
+def _owned(read: Callable[[Index], np.ndarray], index: Index) -> np.ndarray:
+    """What is read, or a copy if that is a view: on a CPU a device would take an aligned one of a file as it is."""
+    array = read(index)
     return array if array.flags.owndata else array.copy()
 
 

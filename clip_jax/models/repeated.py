@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 import flax.linen as nn
 
@@ -22,7 +22,7 @@ def repeated(block: type[_Block], parent: nn.Module) -> type[_Block]:
     JAX traces one of them and XLA is given that once, to be called with each block's parameters; it inlines the calls,
     so that what is compiled stays the same.
     """
-    return block if intercepted() or parent.is_initializing() else _jitted(block)
+    return block if intercepted() or parent.is_initializing() else _jitted(cast(Any, block))
 
 
 def intercepted() -> bool:
