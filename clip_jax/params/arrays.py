@@ -52,7 +52,7 @@ class Reading:
         """Waits for the array, whose memory nobody else knows.
 
         Raises:
-            ValueError: TensorStore cannot read it.
+            Exception: TensorStore cannot read it; a ValueError most often.
         """
         self._done.result()
         return self._target
@@ -62,7 +62,7 @@ def open_arrays(folder: Path) -> dict[str, StoredArray]:
     """Path -> array, of all in the folder of an Orbax checkpoint ("text_model/..." as in the tree of the params).
 
     Raises:
-        ValueError: TensorStore cannot read their descriptions.
+        Exception: TensorStore cannot read their descriptions; a ValueError most often.
     """
     import tensorstore as ts
 

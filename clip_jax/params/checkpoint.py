@@ -42,6 +42,8 @@ from clip_jax.progress import byte_bar
 
 # Version 2 is quantised; what is not keeps version 1, which older ones of this package read.
 _FORMAT, _FORMAT_VERSION, _FILES = "clip_jax", 2, "files.json"
+# What comes of metadata that is not there, no JSON, or of another shape. (Not ValueError: ours are such, too.)
+_UNREADABLE = (OSError, json.JSONDecodeError, UnicodeDecodeError, RecursionError, KeyError, TypeError, AttributeError)
 # About so much is read ahead of the parameter that is wanted: enough to keep the disk busy, little beside the params.
 _READ_BYTES = 256 * 2**20
 # A process that wants a part of a parameter reads all chunks that it touches; small ones take memory to write.
@@ -204,7 +206,7 @@ def read_metadata(path: Path) -> CheckpointMetadata:
             zero_negative=stored["zero_negative"],
             scheme=scheme_called(stored.get("quantize")),
         )
-    except (OSError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+    except _UNREADABLE as error:
         raise CheckpointError(
             f"{path}: its metadata cannot be read ({type(error).__name__}: {error}). Convert again."
         ) from error
@@ -322,7 +324,7 @@ def iter_params(
         tower, p, finish = ahead.popleft()
         try:
             leaf = finish()
-        except ValueError as error:
+        except Exception as error:  # TensorStore raises one for each of its codes, ValueError for most
             raise _damaged(path, error) from error
         if leaf.dtype == jnp.float16 and specs[tower][p].dtype != np.float16:
             check_range(float(jnp.abs(leaf).max()), f"{tower}/{p}")
@@ -333,7 +335,7 @@ def _open_arrays(path: Path) -> dict[tuple[str, str], StoredArray]:
     """Tower and path -> array."""
     try:
         arrays = open_arrays(path / "state")
-    except ValueError as error:
+    except Exception as error:
         raise _damaged(path, error) from error
     if not arrays:
         raise _damaged(path, "it lists no params")
