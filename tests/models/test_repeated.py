@@ -27,7 +27,7 @@ def model(request):
 
 @pytest.fixture(scope="module")
 def params(model):
-    return nn.meta.unbox(model.init(jax.random.key(0), ids(1)))["params"]
+    return nn.meta.unbox(jax.jit(model.init)(jax.random.key(0), ids(1)))["params"]
 
 
 def ids(rows):
@@ -54,7 +54,7 @@ def test_outputs_are_those_of_blocks_traced_one_by_one(model, params, monkeypatc
 
 
 def test_gradients_reach_every_block(model, params):
-    grads = jax.grad(lambda p: model.apply({"params": p}, ids(2)).last_hidden_state.std())(params)
+    grads = jax.jit(jax.grad(lambda p: model.apply({"params": p}, ids(2)).last_hidden_state.std()))(params)
     empty = {path for path, leaf in flatten(grads).items() if not np.any(leaf)}
     assert {path for path in empty if "bias" not in path and "position" not in path} == set()
 
