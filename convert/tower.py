@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
+import jax
 import ml_dtypes
 import numpy as np
 from jax.sharding import Sharding
@@ -22,6 +22,7 @@ from clip_jax.convert.state import StateDict, Tensor
 from clip_jax.errors import CheckpointError
 from clip_jax.families import Tower
 from clip_jax.params.cast import cast
+from clip_jax.params.memory import aligned_copy
 from clip_jax.params.quantize import PLAIN, Scheme
 from clip_jax.params.shapes import TensorSpec, param_shapes
 from clip_jax.params.shard import Index, sharded_array
@@ -68,15 +69,15 @@ class ForeignTower:
 
     def read(self, path: str, dtype: np.dtype | None, scheme: Scheme = PLAIN) -> np.ndarray:
         """One parameter for a tower in `dtype` (None: that of `specs`), or to be quantised; it may be a view."""
-        return self.reader(path, dtype, scheme)(())
+        return np.ascontiguousarray(self.reader(path, dtype, scheme)(()))
 
     def reader(self, path: str, dtype: np.dtype | None, scheme: Scheme = PLAIN) -> Callable[[Index], np.ndarray]:
-        """What reads a part of one parameter, as `read` does; of a file, no bytes of other parts but on their pages."""
+        """What reads a part of one parameter, in any order; of a file, no bytes of other parts but on their pages."""
         key, transposed = self.map.keys[path]
         tensor = self.state[key]
         array = to_flax(tensor.read(), transposed)
         wanted = scheme.read_dtype(path, _stored_dtype(tensor), dtype)
-        return lambda index: np.ascontiguousarray(cast(array[index], wanted, tensor.key))
+        return lambda index: cast(array[index], wanted, tensor.key)
 
     def read_params(
         self,
@@ -100,11 +101,11 @@ class ForeignTower:
         self.check_twins()
         leaves = {}
         for path, spec in self.specs().items():
+            part = functools.partial(_part, self.reader(path, dtype, scheme))
             if placement is None:
-                array = jnp.array(self.read(path, dtype, scheme))
+                array = jax.device_put(part(()))
             else:
-                read = self.reader(path, dtype, scheme)
-                array = sharded_array(spec.shape, placement(path, spec), functools.partial(_owned, read))
+                array = sharded_array(spec.shape, placement(path, spec), part)
             leaves[path] = scheme.quantize(path, array)
             update(spec.nbytes)
         return leaves
@@ -250,10 +251,9 @@ def _is_big_g(kernel: np.ndarray) -> bool:
     return bool(np.allclose(row, _BIG_G_ROW, atol=2e-3) and np.allclose(column, _BIG_G_COLUMN, atol=2e-3))
 
 
-def _owned(read: Callable[[Index], np.ndarray], index: Index) -> np.ndarray:
-    """What is read, or a copy if that is a view: on a CPU a device would take an aligned one of a file as it is."""
-    array = read(index)
-    return array if array.flags.owndata else array.copy()
+def _part(read: Callable[[Index], np.ndarray], index: Index) -> np.ndarray:
+    """A copy of what is read: on a CPU a device would take a view of a file as it is."""
+    return aligned_copy(read(index))
 
 
 def _stored_dtype(tensor: Tensor) -> np.dtype:

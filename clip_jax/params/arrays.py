@@ -9,13 +9,13 @@ An array is called like the path of its parameter, with dots: `clip_l.text_model
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-_ALIGNMENT = 64  # bytes; XLA copies what is aligned to less
+from clip_jax.params.memory import aligned
+
 _FILE = "zarr.json"  # every array has one
 
 
@@ -38,7 +38,7 @@ class StoredArray:
 
         source = ts.cast(self._array, ts.dtype(dtype)) if dtype != self.dtype else self._array
         source = source[index].translate_to[0] if index else source
-        target = _aligned(tuple(source.shape), dtype)
+        target = aligned(tuple(source.shape), dtype)
         return Reading(target, ts.array(target).write(source))
 
 
@@ -80,10 +80,3 @@ def open_arrays(folder: Path) -> dict[str, StoredArray]:
         for name in names
     }
     return {name.replace(".", "/"): StoredArray(future.result()) for name, future in opened.items()}
-
-
-def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    size = math.prod(shape) * dtype.itemsize
-    memory = np.empty(size + _ALIGNMENT, np.uint8)
-    begin = -memory.ctypes.data % _ALIGNMENT
-    return memory[begin : begin + size].view(dtype).reshape(shape)
