@@ -318,10 +318,14 @@ def iter_params(
     limit = _READ_BYTES if scheme is PLAIN else _READ_BYTES // 8
     ahead: deque[tuple[str, str, Callable[[], jax.Array]]] = deque()
     to_read = deque((tower, p) for tower, tree in specs.items() if tower in towers for p in tree)
+    pending = 0  # bytes that are read ahead
     while to_read or ahead:
-        while to_read and sum(specs[tower][p].nbytes for tower, p, _ in ahead) < limit:
-            ahead.append((*to_read[0], begin(*to_read.popleft())))
+        while to_read and pending < limit:
+            tower, p = to_read.popleft()
+            ahead.append((tower, p, begin(tower, p)))
+            pending += specs[tower][p].nbytes
         tower, p, finish = ahead.popleft()
+        pending -= specs[tower][p].nbytes
         try:
             leaf = finish()
         except Exception as error:  # TensorStore raises one for each of its codes, ValueError for most

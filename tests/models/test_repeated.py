@@ -53,6 +53,13 @@ def test_outputs_are_those_of_blocks_traced_one_by_one(model, params, monkeypatc
     jax.tree.map(np.testing.assert_array_equal, ours, plain)
 
 
+def test_a_model_of_the_same_shapes_is_not_run_as_another(model, params):
+    other = {"layer_norm_epsilon": 0.5} if isinstance(model.config, T5EncoderConfig) else {"hidden_act": "quick_gelu"}
+    changed = dataclasses.replace(model, config=dataclasses.replace(model.config, **other))
+    first, second = (each.apply({"params": params}, ids(2)).hidden_states[-2] for each in (model, changed))
+    assert np.abs(first - second).max() > 1e-4
+
+
 def test_gradients_reach_every_block(model, params):
     grads = jax.jit(jax.grad(lambda p: model.apply({"params": p}, ids(2)).last_hidden_state.std()))(params)
     empty = {path for path, leaf in flatten(grads).items() if not np.any(leaf)}
