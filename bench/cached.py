@@ -26,7 +26,7 @@ def run_cache(shop: Workshop, presets: Sequence[str], worker: str = _WORKER) -> 
     for preset in tqdm(presets, desc="cache", unit="preset", disable=None, leave=False, file=sys.stderr):
         printed = run_helper(shop.pythons["clip_jax"], worker, shop.checkpoint(preset), shop.repeats)
         found = json.loads(printed.splitlines()[-1])
-        first = next(iter(found["ms"].values()))
+        (first, unknown), *known = found["ms"].items()
         cases.append(
             {
                 "preset": preset,
@@ -34,7 +34,7 @@ def run_cache(shop: Workshop, presets: Sequence[str], worker: str = _WORKER) -> 
                 "batch": 1,
                 "other_cores": found["other_cores"],
                 "contenders": {name: {"ms": {**summary(ms), "samples": ms}} for name, ms in found["ms"].items()},
-                "ratio_to": {name: pairwise_ratio(ms, first) for name, ms in [*found["ms"].items()][1:]},
+                "ratios": {first: {name: pairwise_ratio(ms, unknown) for name, ms in known}},
                 "left_out": {},
             }
         )

@@ -127,7 +127,7 @@ def _case(runs: Mapping[str, Sequence[Message]]) -> dict[str, Any]:
             }
             for name in runs
         },
-        "ratio_to": {name: pairwise_ratio(of(first, "ms"), of(name, "ms")) for name in others},
+        "ratios": {first: {name: pairwise_ratio(of(first, "ms"), of(name, "ms")) for name in others}},
         "left_out": {},
     }
 

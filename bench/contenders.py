@@ -35,6 +35,7 @@ class Contender:
         presets: What it can encode.
         precisions: In which precisions.
         platforms: Of jax, on whose machines it is worth a comparison.
+        ours: Whether it is ours: one such, and any more that can, take turns with each peer.
         options: For its worker.
         export: What is made for it from the shared checkpoint; None reads that itself.
     """
@@ -46,11 +47,16 @@ class Contender:
     presets: tuple[str, ...] = PRESETS
     precisions: tuple[str, ...] = ("float32", "bfloat16")
     platforms: tuple[str, ...] = ("cpu", "gpu", "tpu")
+    ours: bool = False
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     export: Export | None = None
 
 
-_CLIP_JAX = ("clip_jax", "jax", "flax")
+_CLIP_JAX: Mapping[str, Any] = {
+    "environment": "clip_jax",
+    "packages": ("clip_jax", "jax", "flax"),
+    "ours": True,
+}
 _TORCH = ("torch", "transformers")
 _OPENVINO = {
     "worker": "bench.workers.encode_openvino",
@@ -78,9 +84,16 @@ CONTENDERS: dict[str, tuple[Contender, ...]] = {
         Contender(
             name="clip_jax",
             worker="bench.workers.encode_clip_jax",
-            environment="clip_jax",
-            packages=_CLIP_JAX,
             precisions=("float32", "bfloat16", "int8"),
+            options={"freeze": False},
+            **_CLIP_JAX,
+        ),
+        Contender(
+            name="clip_jax, frozen",
+            worker="bench.workers.encode_clip_jax",
+            platforms=("cpu",),
+            options={"freeze": True},
+            **_CLIP_JAX,
         ),
         Contender(
             name="torch eager",
@@ -128,8 +141,7 @@ CONTENDERS: dict[str, tuple[Contender, ...]] = {
         Contender(
             name="clip_jax.compat",
             worker="bench.workers.compat_clip_jax",
-            environment="clip_jax",
-            packages=_CLIP_JAX,
+            **_CLIP_JAX,
             **_COMPAT,
         ),
         Contender(name="transformers 4 Flax", options={"jitted": False}, **_FLAX4),

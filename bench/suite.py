@@ -1,4 +1,4 @@
-"""Runs the cases of `encode` and of `compat`: ours beside each peer, one peer after the other."""
+"""Runs the cases of `encode` and of `compat`: ours, one or more, beside each peer, one peer after the other."""
 
 from __future__ import annotations
 
@@ -24,70 +24,73 @@ Arrays = Mapping[str, np.ndarray]
 
 
 def run_cases(contenders: Sequence[Contender], cases: Sequence[Case], shop: Workshop) -> dict[str, Any]:
-    """All cases, and what the contenders say about themselves; the first contender is ours.
+    """All cases, and what the contenders say about themselves; the first contender is ours, and can do all of them.
 
     Who takes no part is in `left_out` with the reason: here of all cases, in a case of that.
 
     Raises:
         WorkerError: Ours cannot run at all, or died while it was timed.
     """
-    ours, *peers = contenders
+    first = contenders[0]
     left_out = {one.name: reason for one in contenders if (reason := unfit(one, shop.pythons, shop.platform))}
-    if ours.name in left_out:
-        raise WorkerError(f"{ours.name} cannot run: {left_out[ours.name]}")
+    if first.name in left_out:
+        raise WorkerError(f"{first.name} cannot run: {left_out[first.name]}")
     for name, reason in left_out.items():
         print(f"{name} is left out: {reason}.", file=sys.stderr)
-    duels = {
+    groups = {
         case: [
-            peer
-            for peer in peers
-            if peer.name not in left_out and case.preset in peer.presets and case.precision in peer.precisions
+            one
+            for one in contenders
+            if one.name not in left_out and case.preset in one.presets and case.precision in one.precisions
         ]
         for case in cases
     }
     references: dict[tuple[str, int], Arrays] = {}
     found = []
-    with tqdm(total=sum(map(len, duels.values())), unit="duel", disable=None, leave=False) as bar:
-        for case, group in duels.items():
+    peers = sum(not one.ours for group in groups.values() for one in group)
+    with tqdm(total=peers, unit="peer", disable=None, leave=False) as bar:
+        for case, group in groups.items():
             key = (case.preset, case.batch)
             if key not in references:
                 bar.set_description(f"{case}: weights and reference")
-                references[key] = _reference(ours, case, shop)
-            found.append(run_case(ours, group, case, references[key], shop, bar))
+                references[key] = _reference(first, case, shop)
+            found.append(run_case(group, case, references[key], shop, bar))
     abouts = {name: entry.pop("about") for case in found for name, entry in case["contenders"].items()}
     named = {one.name: abouts[one.name] for one in contenders if one.name in abouts}
     return {"contenders": named, "left_out": left_out, "cases": found}
 
 
 def run_case(
-    ours: Contender, peers: Sequence[Contender], case: Case, reference: Arrays, shop: Workshop, bar: tqdm
+    contenders: Sequence[Contender], case: Case, reference: Arrays, shop: Workshop, bar: tqdm
 ) -> dict[str, Any]:
-    """Ours beside each peer. No more than two models are in memory at a time, since those of SDXL are large.
+    """Ours beside each peer. No more than one peer is in memory at a time, since models of SDXL are large.
 
     Raises:
-        WorkerError: Ours died while it was timed. Whatever else fails is left out.
+        WorkerError: One of ours died while it was timed. Whatever else fails is left out.
     """
     run = _Run(case, reference, shop)
+    ours, peers = ([one for one in contenders if one.ours is whose] for whose in (True, False))
     requests = {}
-    for peer in peers:  # before ours takes memory
+    for peer in peers:  # before ours take memory
         bar.set_description(f"{case}: export for {peer.name}")
         with run.leaving_out(peer):
             requests[peer.name] = shop.request(peer, case)
     with contextlib.ExitStack() as stack:
-        bar.set_description(f"{case}: {ours.name} loads")
-        first = None
-        with run.leaving_out(ours):
-            first = stack.enter_context(run.seat(ours, shop.request(ours, case)))
+        seated = []
+        for one in ours:
+            bar.set_description(f"{case}: {one.name} loads")
+            with run.leaving_out(one):
+                seated.append(stack.enter_context(run.seat(one, shop.request(one, case))))
         for peer in peers:
             bar.set_description(f"{case}: {peer.name}")
             if peer.name in requests:
-                with run.leaving_out(peer), run.seat(peer, requests[peer.name]) as second:
-                    run.turns([second] if first is None else [first, second])
-            if first is not None and not first.alive:
-                raise WorkerError(f"{ours.name} died beside {peer.name}")
+                with run.leaving_out(peer), run.seat(peer, requests[peer.name]) as worker:
+                    run.turns(seated, worker)
+            if dead := [worker.name for worker in seated if not worker.alive]:
+                raise WorkerError(f"{dead[0]} died beside {peer.name}")
             bar.update()
-        if first is not None and ours.name not in run.samples:
-            run.turns([first])
+        if seated and seated[0].name not in run.samples:
+            run.turns(seated)
     return run.result()
 
 
@@ -98,7 +101,7 @@ class _Run:
         self.case, self.reference, self.shop = case, reference, shop
         self.samples: dict[str, list[float]] = {}
         self.entries: dict[str, Message] = {}
-        self.ratios: dict[str, Message] = {}
+        self.ratios: dict[str, dict[str, Message]] = {}
         self.left_out: dict[str, str] = {}
         self.noise = 0.0
 
@@ -121,15 +124,23 @@ class _Run:
             self.entries[one.name] = entry
             yield worker
 
-    def turns(self, workers: Sequence[Worker]) -> None:
+    def turns(self, ours: Sequence[Worker], peer: Worker | None = None) -> None:
+        workers = [*ours, peer] if peer else ours
         turns = take_turns(workers, self.shop.calls(self.case))
         self.noise = max(self.noise, turns.other_cores)
         for worker in workers:
             self.samples.setdefault(worker.name, []).extend(turns.ms[worker.name])
             self.entries[worker.name]["peak_rss_mib"] = turns.peak_rss_mib[worker.name]
-        if len(workers) == 2:
-            ours, peer = workers
-            self.ratios[peer.name] = pairwise_ratio(turns.ms[ours.name], turns.ms[peer.name])
+        for one in ours:
+            ratios = self.ratios.setdefault(one.name, {})
+            # Ours among themselves have taken turns beside all peers.
+            ratios |= {
+                other.name: pairwise_ratio(self.samples[one.name], self.samples[other.name])
+                for other in ours
+                if other is not one
+            }
+            if peer:
+                ratios[peer.name] = pairwise_ratio(turns.ms[one.name], turns.ms[peer.name])
 
     def result(self) -> dict[str, Any]:
         for name, entry in self.entries.items():
@@ -138,7 +149,7 @@ class _Run:
             **self.case._asdict(),
             "other_cores": self.noise,
             "contenders": self.entries,
-            "ratio_to": self.ratios,
+            "ratios": self.ratios,
             "left_out": self.left_out,
         }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-SCHEMA = 2
+SCHEMA = 3
 
 _Json = Mapping[str, Any]
 
@@ -19,17 +19,27 @@ class _Row(NamedTuple):
 
 
 _Cell = Callable[[_Row], str]
+#: Heading, alignment, and what is in it.
+_Column = tuple[str, str, _Cell]
 
 
 def rows(result: _Json) -> list[list[str]]:
     """Header, alignments, and a row for each contender of each case."""
-    columns = _COLUMNS[result["benchmark"]]
+    columns = [part for column in _COLUMNS[result["benchmark"]] for part in _expanded(column, result)]
     header = [[name for name, _, _ in columns], [align for _, align, _ in columns]]
     return header + [
         [cell(_Row(case, name, entry)) for _, _, cell in columns]
         for case in result["cases"]
         for name, entry in case["contenders"].items()
     ]
+
+
+def _expanded(column: _Column, result: _Json) -> list[_Column]:
+    """Itself; that of ratios once for each contender that others are compared with."""
+    if column is not _RATIO:
+        return [column]
+    compared = list(dict.fromkeys(name for case in result["cases"] for name in case["ratios"]))
+    return [(f"ratio of {name}" if len(compared) > 1 else "ratio", "---:", _ratio(name)) for name in compared]
 
 
 def caption(result: _Json, source: str) -> str:
@@ -71,10 +81,12 @@ def _left_out(result: _Json) -> list[str]:
 
 
 def _ratio_of(result: _Json) -> str:
-    first = next(iter(result["contenders"]))
+    compared = list(dict.fromkeys(name for case in result["cases"] for name in case["ratios"]))
     if result["benchmark"] == "cache":
-        return f'to "{first}"'
-    return f"of {first} and the other, below 1 {first} is faster"
+        return f'to "{compared[0]}"'
+    if len(compared) > 1:
+        return "of one of ours and the other, below 1 ours is faster"
+    return f"of {compared[0]} and the other, below 1 {compared[0]} is faster"
 
 
 def _versions(versions: Mapping[str, str]) -> str:
@@ -95,12 +107,15 @@ def _spread(scale: float) -> _Cell:
     return cell
 
 
-def _ratio(row: _Row) -> str:
-    ratio = row.case["ratio_to"].get(row.name)
-    if not ratio:
-        return ""
-    digits = 2 if ratio["median"] >= 0.01 else 5
-    return f"{ratio['median']:.{digits}f} ({ratio['min']:.{digits}f} to {ratio['max']:.{digits}f})"
+def _ratio(name: str) -> _Cell:
+    def cell(row: _Row) -> str:
+        ratio = row.case["ratios"].get(name, {}).get(row.name)
+        if not ratio:
+            return ""
+        digits = 2 if ratio["median"] >= 0.01 else 5
+        return f"{ratio['median']:.{digits}f} ({ratio['min']:.{digits}f} to {ratio['max']:.{digits}f})"
+
+    return cell
 
 
 def _throughput(row: _Row) -> str:
@@ -124,12 +139,12 @@ def _field(key: str) -> _Cell:
 
 _PRESET = ("preset", "---", lambda row: row.case["preset"])
 _NAME = ("contender", "---", lambda row: row.name)
-_RATIO = ("ratio", "---:", _ratio)
+_RATIO = ("ratio", "---:", _ratio(""))  # stands for one or more: `_expanded`
 _RELATIVE = ("relative error", "---:", _error("relative", ".1e"))
 _PEAK = ("peak, MiB", "---:", _field("peak_rss_mib"))
 _FIRST = ("first call, s", "---:", _field("first_call_s"))
 
-_COLUMNS: dict[str, list[tuple[str, str, _Cell]]] = {
+_COLUMNS: dict[str, list[_Column]] = {
     "encode": [
         _PRESET,
         ("precision", "---", lambda row: row.case["precision"]),

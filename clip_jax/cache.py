@@ -17,7 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from clip_jax.embed import Skips
+from clip_jax.embed import Params, Skips
+from clip_jax.params.snapshot import Snapshot
 from clip_jax.structs import TextEmbeddings, Tokens
 
 #: How much is held where nothing else is said: about five hundred prompts of SD 1.5 with their negatives, in float32.
@@ -51,23 +52,26 @@ class EmbeddingCache:
         self._lock = threading.Lock()
         self._entries: OrderedDict[Hashable, tuple[TextEmbeddings, int]] = OrderedDict()
         self._nbytes = self._hits = self._misses = 0
-        self._state: list[object] = []
+        self._params = Snapshot({})
+        self._others: list[object] = []
         self._generation = 0
 
-    def renew(self, state: Iterable[object]) -> int:
-        """Forgets everything unless `state` is made of the very objects that it was made of at the last call.
+    def renew(self, params: Params, others: Iterable[object] = ()) -> int:
+        """Forgets everything unless params and others are the very objects that they were at the last call.
 
         Args:
-            state: All that entries depend on beside their keys: params, architectures, tokenizers.
+            params: Of which the arrays count.
+            others: What else entries depend on beside their keys: architectures, tokenizers.
 
         Returns:
             A number for `put`, which is another one once something has been forgotten.
         """
-        state = list(state)
+        others = list(others)
         with self._lock:
-            if len(state) != len(self._state) or not all(map(operator.is_, state, self._state)):
+            same = len(others) == len(self._others) and all(map(operator.is_, others, self._others))
+            if not (same and self._params.is_of(params)):
                 self._forget()
-                self._state = state
+                self._params, self._others = Snapshot(params), others
             return self._generation
 
     def get(self, key: Hashable) -> TextEmbeddings | None:

@@ -11,14 +11,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import jax.typing
-import numpy as np
 
 from clip_jax.buckets import BATCHES, bucket_of, cut_rows, pad_rows, without_tails
 from clip_jax.cache import CACHE_BYTES, EmbeddingCache, call_key, encode_cached, on_host
 from clip_jax.config import TowerConfig
 from clip_jax.embed import Params, Skips, layers_taken, text_embeddings
 from clip_jax.errors import ClipJaxError
-from clip_jax.families import FAMILIES, Family, Tower
+from clip_jax.families import Family
+from clip_jax.frozen import FrozenPrograms
 from clip_jax.models import intercepted
 from clip_jax.params.cast import float_dtype
 from clip_jax.params.checkpoint import CheckpointMetadata, write_checkpoint
@@ -26,12 +26,9 @@ from clip_jax.params.quantize import scheme_of, split
 from clip_jax.params.shapes import flatten, layer_groups
 from clip_jax.params.shard import sharded_rows
 from clip_jax.program import PLATFORMS, export_programs
-from clip_jax.prompts import Prompts, by_argument
 from clip_jax.structs import TextEmbeddings, Tokens
+from clip_jax.tokenize import check_max_sequence_length, tokenize
 from clip_jax.tokenizers import Overflow, RowTokenizer
-
-# The limit of diffusers' SD 3 and FLUX pipelines (`check_inputs`).
-_MAX_SEQUENCE_LENGTH = 512
 
 
 class TextEncoder:
@@ -73,6 +70,7 @@ class TextEncoder:
         if type(cache_bytes) is not int or cache_bytes < 0:
             raise ClipJaxError(f"cache_bytes must be an int of 0 or more, found {cache_bytes!r}.")
         self.cache = EmbeddingCache(cache_bytes) if cache_bytes else None
+        self._frozen: FrozenPrograms | None = None
 
     @property
     def config(self) -> dict[str, TowerConfig]:
@@ -127,7 +125,7 @@ class TextEncoder:
             # The same call as before: no tokens are needed to know what it returns.
             prompts = (prompt, negative_prompt, prompt_2, prompt_3, negative_prompt_2, negative_prompt_3)
             call = call_key(prompts, guidance, clip_skip, clip_skip_negative, max_sequence_length)
-            generation = self.cache.renew(self._state())
+            generation = self.cache.renew(self.params, self._state())
             if call is not None and (found := self.cache.get(call)) is not None:
                 return found
         tokens = self.tokenize(
@@ -160,38 +158,14 @@ class TextEncoder:
         overflow: Overflow = "error",
     ) -> Tokens:
         """Turns prompts into token ids, on the host: int32 [B, L] per tower. Arguments as in `__call__`."""
-        self._check_arguments(
-            max_sequence_length,
-            prompt_2=prompt_2,
-            prompt_3=prompt_3,
-            negative_prompt_2=negative_prompt_2,
-            negative_prompt_3=negative_prompt_3,
-        )
-        guidance = self.family.guidance if guidance is None else guidance
-        if not isinstance(guidance, bool):
-            raise ClipJaxError(f"guidance must be True, False or None, found {guidance!r}.")
-        zero_uncond = guidance and self.family.zero_negative and negative_prompt is None
-        prompts = by_argument("", prompt, prompt_2, prompt_3)
-        batch = len(prompts["prompt"].texts)
-        if batch == 0:
-            raise ClipJaxError("prompt is an empty list; expected at least one prompt.")
-        if guidance and not zero_uncond:
-            negative_prompt = "" if negative_prompt is None else negative_prompt
-            prompts |= by_argument("negative_", negative_prompt, negative_prompt_2, negative_prompt_3)
-        cond, uncond = {}, {}
-        for tower in self.family.towers:
-            arguments = [name for name in (f"negative_{tower.prompt}", tower.prompt) if name in prompts]
-            sides = [prompts[name].check(batch) for name in arguments]
-            *negative, positive = self._encode_ids(tower, sides, batch, max_sequence_length, overflow)
-            cond[tower.name] = positive
-            if negative:
-                (uncond[tower.name],) = negative
-        return Tokens(
-            cond=cond,
-            uncond=uncond or None,
-            zero_uncond=zero_uncond,
-            # Where there is T5, the length is that of its ids, and another program would be the same.
-            max_sequence_length=None if "t5" in cond else max_sequence_length,
+        return tokenize(
+            self.family,
+            self.tokenizers,
+            (prompt, prompt_2, prompt_3),
+            (negative_prompt, negative_prompt_2, negative_prompt_3),
+            guidance=guidance,
+            max_sequence_length=max_sequence_length,
+            overflow=overflow,
         )
 
     def encode(
@@ -218,55 +192,72 @@ class TextEncoder:
             layers_taken(self.family, tower, *skips)
         if self.cache is None or self.batch_sharding is not None or intercepted() or not on_host(tokens, self.config):
             return self._run(tokens, skips)
-        return encode_cached(self.cache, self.cache.renew(self._state()), tokens, skips, self._run)
+        return encode_cached(self.cache, self.cache.renew(self.params, self._state()), tokens, skips, self._run)
 
     def warmup(
         self,
         batch_sizes: Sequence[int] = (1,),
         *,
+        negative_prompt: str | None = None,
         guidance: bool | None = None,
         max_sequence_length: int | None = None,
         clip_skip: int | None = None,
         clip_skip_negative: int | None = None,
+        freeze: bool = False,
     ) -> None:
         """Compiles, and runs once, the programs that calls with so many prompts need; the first of them is fast then.
 
         With guidance these are the one for new prompts with new negatives, and the one for new prompts whose
         negatives are in the cache. Programs are kept on disk where a compilation cache is on
-        (`clip_jax.enable_compilation_cache`).
+        (`clip_jax.enable_compilation_cache`), but not frozen ones.
+
+        Frozen programs have the kernels in them, packed for products by oneDNN: the fastest on a CPU. Each takes up to
+        twice the memory of the kernels, and twice that again while it is compiled. They serve calls that need them
+        until `params` are exchanged; other calls go as before, and so does `text_embeddings`.
 
         Args:
             batch_sizes: Numbers of prompts.
+            negative_prompt: As in a call: with None, families whose negatives are zeros then encode none (SDXL).
             guidance: As in a call, and so are the other options.
             max_sequence_length: L of T5.
             clip_skip: Layers to leave out for the prompts.
             clip_skip_negative: Layers to leave out for the negatives.
+            freeze: Whether to compile the kernels in; float32 and bfloat16, on an x86-64 CPU, with jax 0.11 or newer.
 
         Raises:
-            ClipJaxError: Not numbers of prompts, or options that the family does not take.
+            ClipJaxError: Not numbers of prompts, options that the family does not take, or nothing that can be frozen.
         """
         if not all(type(size) is int and size > 0 for size in batch_sizes):
             raise ClipJaxError(f"batch_sizes must be positive ints, found {batch_sizes!r}.")
+        if freeze and intercepted():
+            raise ClipJaxError("freeze is not for nn.intercept_methods: change the params instead, and freeze those.")
         skips = (clip_skip_negative, clip_skip)
         for size in batch_sizes:
-            tokens = self.tokenize([""] * size, guidance=guidance, max_sequence_length=max_sequence_length)
+            tokens = self.tokenize(
+                [""] * size, negative_prompt, guidance=guidance, max_sequence_length=max_sequence_length
+            )
             programs = [tokens]
             if tokens.uncond is not None and self.cache is not None:
                 programs.append(dataclasses.replace(tokens, uncond=None))
             for program in programs:
+                if freeze:
+                    self._freeze(self._bucketed(program), skips)
                 jax.block_until_ready(self._run(program, skips))
+
+    def _freeze(self, tokens: Tokens, skips: Skips) -> None:
+        if self._frozen is None or not self._frozen.are_of(self.params):
+            self._frozen = FrozenPrograms(self.params)
+        self._frozen.add(lambda params, tokens: self._compute(params, tokens, skips), tokens, skips, self.dtype)
 
     def _run(self, tokens: Tokens, skips: Skips) -> TextEmbeddings:
         """Encodes ids, in a bucket of batches."""
         batch = max((len(rows) for rows in tokens.cond.values()), default=0)
-        bucket = bucket_of(batch, BATCHES)
-        tokens = self._trimmed(tokens)
-        if bucket != batch:
-            tokens = pad_rows(tokens, bucket)
-        if self.batch_sharding is not None:
-            tokens = jax.tree.map(lambda ids: sharded_rows(ids, self.batch_sharding), tokens)
-        out = self._compute(tokens, skips)
-        if bucket != batch:
+        tokens = self._bucketed(tokens)
+        program = None
+        if self._frozen is not None and not intercepted() and self._frozen.are_of(self.params):
+            program = self._frozen.find(tokens, skips)
+        out = program(tokens) if program else self._compute(self.params, tokens, skips)
+        if bucket_of(batch, BATCHES) != batch:
             out = cut_rows(out, batch)
         if self.dtype == jnp.float16 and not all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(out)):
             raise ClipJaxError(
@@ -275,15 +266,25 @@ class TextEncoder:
             )
         return out
 
+    def _bucketed(self, tokens: Tokens) -> Tokens:
+        """Ids as they are computed with: of as many rows as a program is compiled for, where those rows belong."""
+        batch = max((len(rows) for rows in tokens.cond.values()), default=0)
+        tokens = self._trimmed(tokens)
+        if (bucket := bucket_of(batch, BATCHES)) != batch:
+            tokens = pad_rows(tokens, bucket)
+        if self.batch_sharding is not None:
+            tokens = jax.tree.map(lambda ids: sharded_rows(ids, self.batch_sharding), tokens)
+        return tokens
+
     def _trimmed(self, tokens: Tokens) -> Tokens:
         """Ids on the host, less those that change nothing."""
         return without_tails(tokens, self.family)
 
-    def _compute(self, tokens: Tokens, skips: Skips) -> TextEmbeddings:
+    def _compute(self, params: Params, tokens: Tokens, skips: Skips) -> TextEmbeddings:
         """The one program."""
         function = text_embeddings.__wrapped__ if intercepted() else text_embeddings
         return function(
-            self.params,
+            params,
             tokens,
             family=self.family,
             dtype=self.dtype,
@@ -293,8 +294,9 @@ class TextEncoder:
         )
 
     def _state(self) -> list[object]:
-        """All that embeddings depend on beside prompts and options."""
-        return [*jax.tree.leaves(self.params), *self.tokenizers.values(), self.family, self.dtype]
+        """What embeddings depend on beside params, prompts and options."""
+        frozen = self._frozen.programs if self._frozen is not None else ()
+        return [*self.tokenizers.values(), self.family, self.dtype, *frozen]
 
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
         """Writes params, architectures and tokenizers to a folder that `clip_jax.load` reads, quantised if they are.
@@ -335,7 +337,7 @@ class TextEncoder:
         """
         if self.batch_sharding is not None:
             raise ClipJaxError("Params on a mesh are not exported: programs would be made for it. Load without mesh=.")
-        self._check_arguments(max_sequence_length)
+        check_max_sequence_length(self.family, max_sequence_length)
         skips = (clip_skip_negative, clip_skip)
         example = self.tokenize("", guidance=True, max_sequence_length=max_sequence_length)
         programs = export_programs(self.params, example, self.family, self.dtype, skips, platforms)
@@ -360,38 +362,3 @@ class TextEncoder:
             extra=extra,
             overwrite=overwrite,
         )
-
-    def _check_arguments(self, max_sequence_length: int | None, **prompts: str | Sequence[str] | None) -> None:
-        # Of the whole family: a prompt for a tower that was left out is ignored, as in diffusers.
-        taken = {tower.prompt for tower in FAMILIES.get(self.family.name, self.family).towers}
-        for name, value in prompts.items():
-            if value is not None and name.removeprefix("negative_") not in taken:
-                raise ClipJaxError(f"{self.family.name} takes no {name}. Leave it out.")
-        if max_sequence_length is None:
-            return
-        if self.family.max_sequence_length is None:
-            raise ClipJaxError(f"{self.family.name} takes no max_sequence_length: it has no T5. Leave it out.")
-        if type(max_sequence_length) is not int or not 1 <= max_sequence_length <= _MAX_SEQUENCE_LENGTH:
-            raise ClipJaxError(
-                f"max_sequence_length must be an int from 1 to {_MAX_SEQUENCE_LENGTH}, found {max_sequence_length!r}."
-            )
-
-    def _encode_ids(
-        self,
-        tower: Tower,
-        sides: list[Prompts],
-        batch: int,
-        max_sequence_length: int | None,
-        overflow: Overflow,
-    ) -> list[np.ndarray]:
-        """Ids [B, L] of each of `sides`, tokenised as one batch; a prompt for all is encoded once."""
-        tokenizer = self.tokenizers[tower.name]
-        length = self.family.row_length(tower, tokenizer.model_max_length, max_sequence_length)
-        ids = tokenizer.encode(
-            [text for side in sides for text in side.texts],
-            max_length=length,
-            overflow=overflow,
-            names=[name for side in sides for name in side.names],
-        )
-        ends = np.cumsum([len(side.texts) for side in sides])[:-1]
-        return [np.broadcast_to(rows, (batch, rows.shape[1])).copy() for rows in np.split(ids, ends)]

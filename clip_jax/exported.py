@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 
 from clip_jax.cache import CACHE_BYTES
-from clip_jax.embed import Skips
+from clip_jax.embed import Params, Skips
 from clip_jax.encoder import TextEncoder
 from clip_jax.errors import CheckpointError, ClipJaxError
 from clip_jax.families import FAMILIES
@@ -31,14 +31,14 @@ class ExportedTextEncoder(TextEncoder):
     def _trimmed(self, tokens: Tokens) -> Tokens:
         return tokens  # lengths are fixed
 
-    def _compute(self, tokens: Tokens, skips: Skips) -> TextEmbeddings:
+    def _compute(self, params: Params, tokens: Tokens, skips: Skips) -> TextEmbeddings:
         made_for = self.programs.skips
         if (tokens.uncond is not None and skips[0] != made_for[0]) or skips[1] != made_for[1]:
             raise ClipJaxError(
                 f"The programs were exported for clip_skip={made_for[1]} and clip_skip_negative={made_for[0]}, found "
                 f"{skips[1]} and {skips[0]}. Export again, or load the folder with `clip_jax.load`."
             )
-        return self.programs(self.params, tokens)
+        return self.programs(params, tokens)
 
 
 def load_exported(

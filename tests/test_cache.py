@@ -203,7 +203,7 @@ def entry(size):
 
 def test_the_least_recently_used_goes_first():
     cache = EmbeddingCache(1000)
-    generation = cache.renew([])
+    generation = cache.renew({})
     for key in "abc":
         cache.put(key, entry(400), generation)
     assert cache.get("a") is None
@@ -220,11 +220,11 @@ def test_the_least_recently_used_goes_first():
 
 def test_what_was_computed_for_another_state_is_not_kept():
     cache, one, other = EmbeddingCache(1000), object(), object()
-    generation = cache.renew([one])
-    cache.renew([other])
+    generation = cache.renew({"a": one})
+    cache.renew({"a": other})
     cache.put("a", entry(100), generation)
     assert cache.get("a") is None
-    assert cache.renew([other]) != generation
+    assert cache.renew({"a": other}) != generation
 
 
 def test_threads_share_it(cached, uncached):

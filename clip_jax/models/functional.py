@@ -21,8 +21,8 @@ def activation(x: jax.Array, name: str) -> jax.Array:
     match name:
         case "quick_gelu":
             y = x32 * jax.nn.sigmoid(1.702 * x32)
-        case "gelu":  # torch's default is the exact form, jax's the tanh form: always state it
-            y = jax.nn.gelu(x32, approximate=False)
+        case "gelu":  # as torch computes it; that of jax, by erfc, is slower
+            y = 0.5 * x32 * (1 + jax.lax.erf(x32 * math.sqrt(0.5)))
         case "gelu_new" | "gelu_pytorch_tanh":
             y = jax.nn.gelu(x32, approximate=True)
         case _:

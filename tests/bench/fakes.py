@@ -18,7 +18,7 @@ def timed(median, q1, q3, **fields):
 
 
 RESULT = {
-    "schema": 2,
+    "schema": 3,
     "benchmark": "encode",
     "platform": "cpu",
     "date": "2026-01-02T03:04:05+00:00",
@@ -43,7 +43,7 @@ RESULT = {
                 "clip_jax": timed(50, 49.95, 51, least_ms=40, error={"relative": 0.0, "min_cosine": 1.0}),
                 "torch eager": timed(100.04, 90, 1234.4, error={"relative": 0.0123, "min_cosine": 0.99987}),
             },
-            "ratio_to": {"torch eager": {"median": 0.5, "min": 0.4567, "max": 1.2}},
+            "ratios": {"clip_jax": {"torch eager": {"median": 0.5, "min": 0.4567, "max": 1.2}}},
             "left_out": {"torch compiled": "ended with exit code 1"},
         },
         {
@@ -52,7 +52,7 @@ RESULT = {
             "batch": 1,
             "other_cores": 0.03,
             "contenders": {"torch compiled": timed(9.5, 9, 10)},
-            "ratio_to": {},
+            "ratios": {},
             "left_out": {"clip_jax": "this clip_jax does not quantise"},
         },
     ],

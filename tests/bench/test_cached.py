@@ -30,9 +30,11 @@ def test_a_case_for_each_preset(shop, monkeypatch):
     case = result["cases"][0]
     assert case["other_cores"] == 0.02
     assert case["contenders"]["one"]["ms"]["median"] == 9
-    assert case["ratio_to"] == {
-        "one": {"median": 0.6, "min": 0.6, "max": 0.6},
-        "none": {"median": 0.001, "min": 0.001, "max": 0.001},
+    assert case["ratios"] == {
+        "both": {
+            "one": {"median": 0.6, "min": 0.6, "max": 0.6},
+            "none": {"median": 0.001, "min": 0.001, "max": 0.001},
+        }
     }
     assert result["contenders"]["none"] == ABOUT
 

@@ -87,8 +87,21 @@ def test_every_result_has_its_document_and_its_markers():
     assert document({**RESULT, "benchmark": "cold"}).name == document(PARITY).name == "README.md"
 
 
+def test_each_of_ours_has_a_column_of_ratios():
+    case = copy.deepcopy(RESULT["cases"][0])
+    case["contenders"]["clip_jax, frozen"] = case["contenders"]["clip_jax"]
+    case["ratios"] |= {"clip_jax, frozen": {"torch eager": RATIO | {"median": 0.25, "min": 0.2, "max": 0.3}}}
+    lines = render({**RESULT, "cases": [case]}, "run.json").splitlines()
+    assert " | ratio of clip_jax | ratio of clip_jax, frozen | " in lines[0]
+    assert " | 0.50 (0.46 to 1.20) | 0.25 (0.20 to 0.30) | " in lines[3]
+    assert "pairwise ratios of one of ours and the other, below 1 ours is faster." in lines[-1]
+
+
+RATIO = {"median": 0.000291, "min": 0.0002, "max": 0.0123}
+
+
 def test_ratios_of_the_cache_are_to_its_first_call():
-    case = {**RESULT["cases"][0], "ratio_to": {"torch eager": {"median": 0.000291, "min": 0.0002, "max": 0.0123}}}
+    case = {**RESULT["cases"][0], "ratios": {"clip_jax": {"torch eager": RATIO}}}
     text = render({**RESULT, "benchmark": "cache", "cases": [case]}, "run.json")
     assert 'of the pairwise ratios to "clip_jax".' in text
     assert "| 0.00029 (0.00020 to 0.01230) |" in text
@@ -120,7 +133,7 @@ def test_the_scan_is_in_the_document_of_the_benchmarks():
 
 
 def test_another_schema_is_refused():
-    with pytest.raises(ReportError, match=r"run\.json has schema 1; expected 2"):
+    with pytest.raises(ReportError, match=r"run\.json has schema 1; expected 3"):
         render({**RESULT, "schema": 1}, "run.json")
 
 

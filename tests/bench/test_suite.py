@@ -13,7 +13,8 @@ from bench.suite import run_cases
 from bench.workshop import Case, Workshop
 from tests.bench.fakes import PYTHONS, contender
 
-OURS, PEER = contender("ours"), contender("peer", options={"value": 1.01})
+OURS, PEER = contender("ours", ours=True), contender("peer", options={"value": 1.01})
+MORE = contender("more of ours", ours=True)
 CASE = Case("sd15", "float32")
 ONES = np.ones((2, 77, 8), np.float32)
 
@@ -24,6 +25,11 @@ def shop(monkeypatch, tmp_path):
     for preset in ("sd15", "sd21"):
         (tmp_path / preset / "weights").mkdir(parents=True)  # they are made, then
     return Workshop(PYTHONS, "cpu", "Some CPU", tmp_path, 3)
+
+
+def compared(case):
+    """Each of ours, and with whom."""
+    return {name: set(ratios) for name, ratios in case["ratios"].items()}
 
 
 def test_two_contenders(shop):
@@ -40,16 +46,34 @@ def test_two_contenders(shop):
     assert ours["error"] == {"relative": 0, "min_cosine": 1}
     assert peer["error"] == {"relative": 0.01, "min_cosine": 1}
     assert len(peer["ms"]["samples"]) == 3
-    assert set(first["ratio_to"]) == {"peer"}
+    assert compared(first) == {"ours": {"peer"}}
     assert not result["left_out"]
     assert not first["left_out"]
 
 
 def test_ours_takes_turns_with_each_peer(shop):
     (case,) = run_cases([OURS, PEER, contender("third")], [CASE], shop)["cases"]
-    assert set(case["ratio_to"]) == {"peer", "third"}
+    assert compared(case) == {"ours": {"peer", "third"}}
     assert len(case["contenders"]["ours"]["ms"]["samples"]) == 6
     assert len(case["contenders"]["third"]["ms"]["samples"]) == 3
+
+
+def test_more_of_ours_take_turns_with_the_first_and_each_peer(shop):
+    (case,) = run_cases([OURS, MORE, PEER, contender("third")], [CASE], shop)["cases"]
+    assert compared(case) == {
+        "ours": {"more of ours", "peer", "third"},
+        "more of ours": {"ours", "peer", "third"},
+    }
+    samples = {name: len(entry["ms"]["samples"]) for name, entry in case["contenders"].items()}
+    assert samples == {"ours": 6, "more of ours": 6, "peer": 3, "third": 3}
+
+
+def test_more_of_ours_are_left_out_where_they_fail(shop):
+    failing = dataclasses.replace(MORE, options={"left_out": "no oneDNN"})
+    int8 = dataclasses.replace(MORE, name="int8", precisions=("int8",))
+    (case,) = run_cases([OURS, failing, int8, PEER], [CASE], shop)["cases"]
+    assert case["left_out"] == {"more of ours": "no oneDNN"}
+    assert compared(case) == {"ours": {"peer"}}
 
 
 def test_ours_alone_is_timed_too(shop):
@@ -89,7 +113,7 @@ def test_a_peer_that_fails_is_left_out_and_told(shop, fields, reason, capsys):
     (case,) = run_cases([OURS, contender("bad", **fields), PEER], [CASE], shop)["cases"]
     assert case["left_out"] == {"bad": reason}
     assert set(case["contenders"]) == {"ours", "peer"}
-    assert set(case["ratio_to"]) == {"peer"}
+    assert compared(case) == {"ours": {"peer"}}
     assert "sd15 float32 x1: bad is left out: " in capsys.readouterr().err
 
 
@@ -102,15 +126,15 @@ def test_outputs_of_another_shape_are_not_compared(shop, monkeypatch):
 
 def test_where_ours_is_left_out_peers_are_timed_without_ratio(shop, monkeypatch):
     monkeypatch.setattr(suite, "_reference", lambda *_: {"prompt_embeds": ONES})
-    (case,) = run_cases([contender("ours", options={"left_out": "not yet"}), PEER], [CASE], shop)["cases"]
+    (case,) = run_cases([contender("ours", ours=True, options={"left_out": "not yet"}), PEER], [CASE], shop)["cases"]
     assert case["left_out"] == {"ours": "not yet"}
     assert list(case["contenders"]) == ["peer"]
-    assert case["ratio_to"] == {}
+    assert case["ratios"] == {}
 
 
 def test_that_ours_dies_ends_the_run(shop):
     with pytest.raises(WorkerError, match="ours died beside peer"):
-        run_cases([contender("ours", options={"calls": 3}), PEER], [CASE], shop)
+        run_cases([contender("ours", ours=True, options={"calls": 3}), PEER], [CASE], shop)
 
 
 def test_missing_packages_leave_a_peer_out_of_everything(shop, capsys):

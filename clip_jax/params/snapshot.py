@@ -1,0 +1,26 @@
+"""Whether params are still the ones they were."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from clip_jax.models.quantized import is_quantized
+
+
+class Snapshot:
+    """The arrays that params held when it was taken; it holds them too."""
+
+    def __init__(self, params: Mapping[str, Any]) -> None:
+        self._held = jax.tree.map(lambda leaf: leaf, params, is_leaf=is_quantized)
+
+    def is_of(self, params: Mapping[str, Any]) -> bool:
+        """Whether `params` have the very same arrays in the same places; single numbers need only be equal."""
+        # Dicts are compared in C, their values by identity first: a sixth of the time that it takes to flatten them.
+        # Two different arrays are compared element by element, and the result of that is no bool.
+        try:
+            return bool(self._held == params)
+        except Exception:  # whatever arrays raise: of other shapes, on other devices, deleted
+            return False
