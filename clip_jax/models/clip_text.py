@@ -27,7 +27,7 @@ from clip_jax.config import ClipTextConfig
 from clip_jax.errors import ClipJaxError
 from clip_jax.models import functional
 from clip_jax.models.axes import bias_init, with_axes
-from clip_jax.models.quantized import Dense, Embed
+from clip_jax.models.quantized import Dense, DenseOfActivation, Embed
 from clip_jax.models.repeated import repeated
 
 
@@ -60,8 +60,8 @@ class _Module(nn.Module):
     param_dtype: jax.typing.DTypeLike = jnp.float32
     legacy_dtypes: bool = False
 
-    def dense(self, features: int, name: str, use_bias: bool = True) -> Dense:
-        return Dense(
+    def dense(self, features: int, name: str, use_bias: bool = True, layer: type[Dense] = Dense) -> Dense:
+        return layer(
             features,
             use_bias,
             dtype=self.dtype,
@@ -128,7 +128,7 @@ class ClipMlp(_Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         x = self.dense(self.config.intermediate_size, "fc1")(x)
         x = functional.activation(x, self.config.hidden_act)
-        return self.dense(self.config.hidden_size, "fc2")(x)
+        return self.dense(self.config.hidden_size, "fc2", layer=DenseOfActivation)(x)
 
 
 class ClipEncoderLayer(_Module):
