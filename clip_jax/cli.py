@@ -72,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("out", metavar="OUT", type=Path, help="folder to make")
     convert.add_argument("--dtype", help="of the stored params; by default that of the source, bfloat16 if quantised")
     convert.add_argument("--without", metavar="TOWER", action="append", default=[], help="leave out a tower: t5 of sd3")
-    convert.add_argument("--quantize", metavar="SCHEME", help="store the params quantised: int8 or int4")
+    convert.add_argument("--quantize", metavar="SCHEME", help="store the params quantised: int8, fp8 or int4")
     convert.add_argument("--verify", action="store_true", help="compare what both compute on a few prompts")
     convert.add_argument("--overwrite", action="store_true", help="replace a checkpoint that is at OUT")
     _add_source_options(convert)
@@ -93,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     embed.add_argument("--negative-3", metavar="TEXT", help="for the third text encoder (default: --negative)")
     embed.add_argument("--model", metavar="SRC", required=True, action="append", help=_SOURCE_HELP)
     embed.add_argument("--dtype", default="float32", help="of the computation: float32, bfloat16 or float16")
-    embed.add_argument("--quantize", metavar="SCHEME", help="quantise the params while reading them: int8 or int4")
+    embed.add_argument("--quantize", metavar="SCHEME", help="quantise the params while reading them: int8, fp8 or int4")
     embed.add_argument(
         "--guidance",
         action=argparse.BooleanOptionalAction,

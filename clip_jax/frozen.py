@@ -111,7 +111,7 @@ def _compile(function: Callable[..., Any], *arguments: Any) -> jax.stages.Compil
 def _check(params: Params, dtype: np.dtype) -> None:
     leaves = jax.tree.leaves(params, is_leaf=is_quantized)
     if any(map(is_quantized, leaves)):
-        raise ClipJaxError("Quantised params cannot be frozen: oneDNN is given no products of int8. Leave freeze out.")
+        raise ClipJaxError("Quantised params cannot be frozen: XLA leaves oneDNN none of their products. Leave it out.")
     devices = {device for leaf in leaves if isinstance(leaf, jax.Array) for device in leaf.devices()}
     if len(devices) > 1 or any(device.platform != "cpu" for device in devices):
         found = ", ".join(sorted(map(str, devices)))

@@ -196,8 +196,9 @@ def load(
         dtype: Of the computation and of the embeddings: float32, bfloat16 or float16.
         param_dtype: Of the parameters in memory; None means `dtype`.
         quantize: "int8" quantises kernels and the token embedding to int8, a tensor at a time as they are read, and
-            multiplies in int8: one scale for each output, and one for each token's activations. "int4" stores them in
-            four bits, and computes in `dtype`. None takes them as they are, quantised or not.
+            multiplies in int8: one scale for each output, and one for each token's activations. "fp8" stores them as
+            float8_e4m3fn, with scales as in int8; products are in it on CUDA devices, in `dtype` elsewhere. "int4"
+            stores them in four bits, and computes in `dtype`. None takes them as they are, quantised or not.
         without: Towers to leave out: "t5" of SD 3, whose rows are zeros then.
         config: Tower name -> architecture, where a file of weights does not tell (a config, a dict, or the path of
             a `config.json`).

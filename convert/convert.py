@@ -67,7 +67,7 @@ def convert(
             `x @ text_projection`, "transpose" as [P, D].
         tokenizer: A tokenizer folder to take instead of the source's, or tower name -> folder. A file of T5 needs
             it unless there is a tokenizer beside it, or in it (GGUF).
-        quantize: "int8" or "int4": writes quantised params (`clip_jax.load` tells what they are).
+        quantize: "int8", "fp8" or "int4": writes quantised params (`clip_jax.load` tells what they are).
         verify: Whether to compare what the source computes with what the new checkpoint does (`verify.py`). The
             largest error goes into the metadata.
         overwrite: Whether a checkpoint already at `out` may be replaced.

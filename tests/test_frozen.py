@@ -158,7 +158,7 @@ def test_an_exported_encoder_is_frozen_too(encoder, tmp_path):
 def test_quantised_params_are_refused(tiny_sd15):
     encoder = clip_jax.load(tiny_sd15, family="sd15", quantize="int8", cache_bytes=0)
     wanted = encoder("a cat")
-    with pytest.raises(ClipJaxError, match=r"Quantised params cannot be frozen.* Leave freeze out\."):
+    with pytest.raises(ClipJaxError, match=r"Quantised params cannot be frozen.* Leave it out\."):
         encoder.warmup(freeze=True)
     same(encoder("a cat"), wanted, atol=0)
 

@@ -1,15 +1,16 @@
 """Layers whose parameters may be quantised: a `qwix.QArray` in the place of a kernel or an embedding.
 
 What is computed follows from the leaf: an int8 kernel is multiplied in int8 with activations that are quantised on the
-way, one scale for each token, and one zero point too behind the activation function; a kernel of four bits only saves
-memory, and is dequantised before the product. Arrays go the way of Flax' own layers, whose names and parameters these
-have. Without quantised params qwix is not imported.
+way, one scale for each token, and one zero point too behind the activation function; a float8 kernel likewise on GPUs
+that can; any other only saves memory, and is dequantised before the product. Arrays go the way of Flax' own layers,
+whose names and parameters these have. Without quantised params qwix is not imported.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -43,23 +44,40 @@ def _product(x: jax.Array, kernel: Any, dimensions: jax.lax.DotDimensionNumbers,
     """The product over the last axis of x [..., D] and the first of `kernel`, in the dtype of x."""
     if not is_quantized(kernel):
         return jax.lax.dot_general(x, kernel, dimensions, **options)
-    if kernel.qvalue.dtype != jnp.int8:
-        # Not before x is there: XLA would dequantise every layer at the start, and hold them all.
-        x, kernel = jax.lax.optimization_barrier((x, kernel))
-        return jax.lax.dot_general(x, _dequantized(kernel).astype(x.dtype), dimensions, **options)
+    quantized = functools.partial(_quantized_product, dimensions=dimensions)
+    dequantized = functools.partial(_dequantized_product, dimensions=dimensions, options=options)
+    if kernel.qvalue.dtype == jnp.int8:
+        return quantized(x, kernel)
+    if kernel.qvalue.dtype == jnp.float8_e4m3fn:
+        product: jax.Array = jax.lax.platform_dependent(x, kernel, cuda=quantized, default=dequantized)
+        return product
+    return dequantized(x, kernel)
+
+
+def _quantized_product(x: jax.Array, kernel: Any, *, dimensions: jax.lax.DotDimensionNumbers) -> jax.Array:
+    """In the dtype of the kernel, to which the tokens are quantised."""
     import qwix
 
-    # In float32, whatever the dtype: rounding comes down to int8's, and int32 sums are scaled before they are cast.
-    tokens = qwix.quantize(x.astype(jnp.float32), jnp.int8, channelwise_axes=range(x.ndim - 1))
+    # In float32, whatever the dtype: rounding comes down to the kernel's, and sums are scaled before they are cast.
+    tokens = qwix.quantize(x.astype(jnp.float32), kernel.qvalue.dtype, channelwise_axes=range(x.ndim - 1))
     product: jax.Array = qwix.dot_general(tokens, kernel, dimensions)
     return product.astype(x.dtype)
+
+
+def _dequantized_product(
+    x: jax.Array, kernel: Any, *, dimensions: jax.lax.DotDimensionNumbers, options: Mapping[str, Any]
+) -> jax.Array:
+    """In the dtype of x, to which the kernel is dequantised."""
+    # Not before x is there: XLA would dequantise every layer at the start, and hold them all.
+    x, kernel = jax.lax.optimization_barrier((x, kernel))
+    return jax.lax.dot_general(x, _dequantized(kernel).astype(x.dtype), dimensions, **options)
 
 
 def _one_sided_product(x: jax.Array, kernel: Any, dimensions: jax.lax.DotDimensionNumbers, **options: Any) -> jax.Array:
     """`_product` for x [..., L, D] whose values are hardly ever below zero, where int8 has half of its own.
 
-    Each token has a zero point beside its scale, which takes an eighth from the error. What it adds to the product is
-    itself times the sums of the kernel's columns; those come from a row of ones below the tokens.
+    So each token has a zero point beside its scale. What that adds to the product is itself times the sums of the
+    kernel's columns; they come from a row of ones below the tokens.
     """
     if not is_quantized(kernel) or kernel.qvalue.dtype != jnp.int8:
         return _product(x, kernel, dimensions, **options)
@@ -81,7 +99,7 @@ def _above_ones(x: jax.Array) -> jax.Array:
 
 
 class Dense(nn.Dense):
-    """`nn.Dense`: [..., D] -> [..., features], with an int8 kernel by products of int8."""
+    """`nn.Dense`: [..., D] -> [..., features], with a kernel that may be quantised."""
 
     promote_dtype: Callable[..., Any] = _promoted
     dot_general: Callable[..., Any] | None = _product

@@ -3,11 +3,12 @@
 | scheme | kernels                                | token embedding          | products                             |
 | ------ | -------------------------------------- | ------------------------ | ------------------------------------ |
 | int8   | int8, a scale per output               | int8, a scale per row    | int8, activations with one per token |
+| fp8    | float8_e4m3fn, a scale per output      | likewise, one per row    | on CUDA as in int8, else as in int4  |
 | int4   | int4, a scale per output and 32 inputs | int4, one per 32 columns | in the dtype of the computation      |
 
-Norms, biases, position embeddings and T5's relative bias stay arrays of `param_dtype`. Scales are float32 in int8 and
-bfloat16 in int4, where there are many; of float16 they could leave the range. A quantised parameter is a `qwix.QArray`
-where the array was, a pytree of two arrays; a checkpoint has these as `<path>/qvalue` and `<path>/scale`.
+Norms, biases, position embeddings and T5's relative bias stay arrays of `param_dtype`. Scales are bfloat16 in int4,
+where there are many, and float32 in the others; of float16 they could leave the range. A quantised parameter is a
+`qwix.QArray` where the array was, a pytree of two arrays; a checkpoint has these as `<path>/qvalue` and `<path>/scale`.
 
 `clip_jax.models.quantized` computes with them. qwix is imported inside the functions: it takes a second.
 """
@@ -46,7 +47,7 @@ class Scheme:
     """How the parameters of a model are kept; `PLAIN`, or one of `SCHEMES`.
 
     Attributes:
-        name: "int8" or "int4"; None where nothing is quantised.
+        name: "int8", "fp8" or "int4"; None where nothing is quantised.
         qtype: Of quantised values.
         scale_dtype: Of their scales.
         tile: How many inputs of an output share a scale; None means all. Where they do not divide by it, the largest
@@ -98,6 +99,7 @@ PLAIN = Scheme(None)
 SCHEMES: Mapping[str, Scheme] = MappingProxyType(
     {
         "int8": Scheme("int8", np.dtype(np.int8), np.dtype(np.float32)),
+        "fp8": Scheme("fp8", np.dtype(ml_dtypes.float8_e4m3fn), np.dtype(np.float32)),
         "int4": Scheme("int4", np.dtype(ml_dtypes.int4), np.dtype(ml_dtypes.bfloat16), tile=32),
     }
 )
@@ -113,7 +115,7 @@ def scheme_called(name: str | None) -> Scheme:
     if name is None:
         return PLAIN
     if name not in SCHEMES:
-        raise ClipJaxError(f"quantize must be None, {' or '.join(map(repr, SCHEMES))}, found {name!r}.")
+        raise ClipJaxError(f"quantize must be None, {', '.join(map(repr, SCHEMES))}, found {name!r}.")
     return SCHEMES[name]
 
 
@@ -130,7 +132,11 @@ def scheme_of(params: Mapping[str, Any]) -> Scheme:
             f"Expected kernels and token embeddings of one kind, found {', '.join(sorted(map(str, found)))}. "
             f"Quantise all of them by one scheme, or none."
         )
-    return scheme_called(*found)
+    (kind,) = found
+    schemes = {scheme.qtype and scheme.qtype.name: scheme for scheme in (PLAIN, *SCHEMES.values())}
+    if kind not in schemes:
+        raise ClipJaxError(f"Params are quantised to {kind}; expected one of {', '.join(map(str, schemes))}.")
+    return schemes[kind]
 
 
 def split(leaves: Mapping[str, Any]) -> dict[str, Any]:
