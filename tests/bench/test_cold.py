@@ -31,6 +31,19 @@ def test_processes_take_turns(shop, monkeypatch):
     assert "numpy" in result["contenders"]["plain"]["versions"]
 
 
+def test_they_go_back_and_forth(shop, monkeypatch):
+    started = []
+    run = cold._run
+
+    def noted(command, process, cache):
+        started.append(process.name)
+        return run(command, process, cache)
+
+    monkeypatch.setattr(cold, "_run", noted)
+    run_cold(shop, [CACHED, PLAIN])
+    assert started == ["plain", "cached", "cached", "plain", "plain", "cached"]
+
+
 def test_a_process_that_fails_ends_the_run(shop):
     failing = Process("failing", "no.such", *FAKE[1:])
     with pytest.raises(WorkerError, match="(?s)failing ended with exit code 1.*No module named"):
