@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -73,9 +74,10 @@ def run_cold(shop: Workshop, processes: Sequence[Process] = PROCESSES) -> dict[s
         tempfile.TemporaryDirectory(dir=shop.scratch) as cache,
         tqdm(total=(1 + shop.repeats) * len(timed), unit="process", disable=None, leave=False) as bar,
     ):
+        # In all orders: what a process leaves behind (memory that the system has to take back) hits all alike.
+        orders = itertools.cycle(itertools.permutations(timed))
         for turn in range(1 + shop.repeats):  # the first fills the page cache and the folder of compiled programs
-            # Back and forth: what a process leaves behind (memory that the system has to take back) hits all alike.
-            for process in timed if turn % 2 else reversed(timed):
+            for process in next(orders):
                 bar.set_description(f"cold: {process.name}")
                 time.sleep(_PAUSE_S)
                 run = _run([shop.pythons[process.environment], "-m", process.module, str(weights)], process, cache)
