@@ -17,7 +17,7 @@ def pairwise_ratio(ours: Sequence[float], peer: Sequence[float]) -> dict[str, fl
     """Median and extremes of `ours[i] / peer[i]`, the samples of one round each: drift cancels out."""
     ratios = [a / b for a, b in zip(ours, peer, strict=True)]
     found = {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
-    return {name: round(value, 4) for name, value in found.items()}
+    return {name: float(f"{value:.4g}") for name, value in found.items()}  # some are of microseconds to seconds
 
 
 def least_ms(flops: float, params_mib: float, matmul_gops: float, copy_gbps: float) -> float:

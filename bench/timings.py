@@ -112,7 +112,7 @@ def _ratio(name: str) -> _Cell:
         ratio = row.case["ratios"].get(name, {}).get(row.name)
         if not ratio:
             return ""
-        digits = 2 if ratio["median"] >= 0.01 else 5
+        digits = 2 if ratio["median"] >= 0.01 else 5 if ratio["median"] >= 0.0001 else 6
         return f"{ratio['median']:.{digits}f} ({ratio['min']:.{digits}f} to {ratio['max']:.{digits}f})"
 
     return cell

@@ -22,6 +22,7 @@ def test_ratio_is_the_median_of_the_pairs_not_the_ratio_of_the_medians():
     # Pairs: 0.5, 0.1, 4. Of the medians it would be 2 / 4.
     assert pairwise_ratio([1, 2, 40], [2, 20, 10]) == {"median": 0.5, "min": 0.1, "max": 4}
     assert pairwise_ratio([2, 4, 6], [1, 8, 3]) == {"median": 2, "min": 0.5, "max": 2}
+    assert pairwise_ratio([2, 3], [123456, 123456]) == {"median": 2.025e-05, "min": 1.62e-05, "max": 2.43e-05}
 
 
 def test_ratio_wants_a_pair_for_every_sample():
