@@ -69,7 +69,8 @@ def run_case(
         WorkerError: One of ours died while it was timed. Whatever else fails is left out.
     """
     run = _Run(case, reference, shop)
-    ours, peers = ([one for one in contenders if one.ours is whose] for whose in (True, False))
+    ours = [one for one in contenders if one.ours]
+    peers = [one for one in contenders if not one.ours]
     requests = {}
     for peer in peers:  # before ours take memory
         bar.set_description(f"{case}: export for {peer.name}")

@@ -38,8 +38,13 @@ def _expanded(column: _Column, result: _Json) -> list[_Column]:
     """Itself; that of ratios once for each contender that others are compared with."""
     if column is not _RATIO:
         return [column]
-    compared = list(dict.fromkeys(name for case in result["cases"] for name in case["ratios"]))
+    compared = _compared(result)
     return [(f"ratio of {name}" if len(compared) > 1 else "ratio", "---:", _ratio(name)) for name in compared]
+
+
+def _compared(result: _Json) -> list[str]:
+    """The contenders that others are compared with."""
+    return list(dict.fromkeys(name for case in result["cases"] for name in case["ratios"]))
 
 
 def caption(result: _Json, source: str) -> str:
@@ -81,7 +86,7 @@ def _left_out(result: _Json) -> list[str]:
 
 
 def _ratio_of(result: _Json) -> str:
-    compared = list(dict.fromkeys(name for case in result["cases"] for name in case["ratios"]))
+    compared = _compared(result)
     if result["benchmark"] == "cache":
         return f'to "{compared[0]}"'
     if len(compared) > 1:

@@ -211,8 +211,8 @@ class TextEncoder:
         negatives are in the cache. Programs are kept on disk where a compilation cache is on
         (`clip_jax.enable_compilation_cache`), but not frozen ones.
 
-        Frozen programs have the kernels in them, packed for products by oneDNN: the fastest on a CPU. Each takes up to
-        twice the memory of the kernels, and twice that again while it is compiled. They serve calls that need them
+        Frozen programs have the kernels in them, packed for products by oneDNN: faster on a CPU. Each keeps the kernels
+        packed and as they were, and takes more memory than that while it is compiled. They serve calls that need them
         until `params` are exchanged; other calls go as before, and so does `text_embeddings`.
 
         Args:
@@ -245,17 +245,23 @@ class TextEncoder:
                 jax.block_until_ready(self._run(program, skips))
 
     def _freeze(self, tokens: Tokens, skips: Skips) -> None:
-        if self._frozen is None or not self._frozen.are_of(self.params):
-            self._frozen = FrozenPrograms(self.params)
-        self._frozen.add(lambda params, tokens: self._compute(params, tokens, skips), tokens, skips, self.dtype)
+        programs = self._frozen_programs() or FrozenPrograms(self.params)
+        programs.add(lambda params, tokens: self._compute(params, tokens, skips), tokens, skips, self.dtype)
+        self._frozen = programs
+
+    def _frozen_programs(self) -> FrozenPrograms | None:
+        """Those with the present params in them; others are let go of, and their memory with them."""
+        programs = self._frozen
+        if programs is not None and not programs.are_of(self.params):
+            programs = self._frozen = None
+        return programs
 
     def _run(self, tokens: Tokens, skips: Skips) -> TextEmbeddings:
         """Encodes ids, in a bucket of batches."""
         batch = max((len(rows) for rows in tokens.cond.values()), default=0)
         tokens = self._bucketed(tokens)
-        program = None
-        if self._frozen is not None and not intercepted() and self._frozen.are_of(self.params):
-            program = self._frozen.find(tokens, skips)
+        frozen = None if intercepted() else self._frozen_programs()
+        program = frozen.find(tokens, skips) if frozen is not None else None
         out = program(tokens) if program else self._compute(self.params, tokens, skips)
         if bucket_of(batch, BATCHES) != batch:
             out = cut_rows(out, batch)
@@ -295,8 +301,8 @@ class TextEncoder:
 
     def _state(self) -> list[object]:
         """What embeddings depend on beside params, prompts and options."""
-        frozen = self._frozen.programs if self._frozen is not None else ()
-        return [*self.tokenizers.values(), self.family, self.dtype, *frozen]
+        frozen = self._frozen_programs()
+        return [*self.tokenizers.values(), self.family, self.dtype, *(frozen.programs if frozen else ())]
 
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
         """Writes params, architectures and tokenizers to a folder that `clip_jax.load` reads, quantised if they are.

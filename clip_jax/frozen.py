@@ -1,8 +1,7 @@
 """Programs with the kernels compiled in, for CPUs: products by oneDNN, which packs a constant kernel beforehand.
 
-Otherwise a kernel is an argument, and every call packs it anew: a tenth of a product's time and more. XLA leaves
-products to oneDNN only when told to (`xla/service/cpu/onednn_contraction_rewriter.cc`), since such a program cannot be
-kept on disk.
+Otherwise a kernel is an argument, and every call packs it anew. XLA leaves products to oneDNN only when told to
+(`xla/service/cpu/onednn_contraction_rewriter.cc`). Not the default here: such programs cannot be kept on disk.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ class FrozenPrograms:
     """Compiled programs by the shapes of ids and the layers that they are for, all with the same params in them."""
 
     def __init__(self, params: Params) -> None:
-        self._params, self._snapshot = params, Snapshot(params)
+        self._snapshot = Snapshot(params)
         self._programs: dict[Hashable, Program] = {}
 
     @property
@@ -72,7 +71,7 @@ class FrozenPrograms:
         """
         key = _key(tokens, skips)
         if key not in self._programs:
-            self._programs[key] = freeze(function, self._params, tokens, dtype)
+            self._programs[key] = freeze(function, self._snapshot.params, tokens, dtype)
 
 
 def freeze(function: Function, params: Params, tokens: Tokens, dtype: np.dtype) -> Program:
@@ -130,7 +129,7 @@ def _packs(dtype: str) -> bool:
     """Whether a product with a constant becomes one of oneDNN's, with the constant packed."""
     square = np.ones((512, 512), dtype)
     try:
-        compiled = _compile(lambda x: x @ square, square)
+        compiled = _compile(lambda x: x @ square, jax.device_put(square, jax.devices("cpu")[0]))
     except jax.errors.JaxRuntimeError:  # options that this version does not know
         return False
     return '"weights_prepacked":true' in (compiled.as_text() or "")

@@ -102,6 +102,7 @@ def test_exchanged_params_are_computed_with(encoder):
     kernel = mine.params["clip_l"]["text_model"]["encoder"]["layers"]["0"]["mlp"]["fc1"]
     kernel["kernel"] = kernel["kernel"] * 2
     found = mine("a cat")
+    assert programs(mine) == ()
     same(found, another(mine)("a cat"), atol=1e-5)
     assert np.abs(found.prompt_embeds - frozen_out.prompt_embeds).max() > 0.1
     mine.warmup(freeze=True)  # freezes those anew, and lets go of the others
@@ -120,6 +121,11 @@ def test_what_the_cache_holds_is_of_one_program(encoder):
     assert mine("a cat", negative_prompt="blurry") is after
     mine.warmup(freeze=True)  # nothing is new
     assert mine("a cat", negative_prompt="blurry") is after
+    layer = mine.params["clip_l"]["text_model"]["final_layer_norm"]
+    layer["bias"] = layer["bias"] + 1
+    exchanged = mine("a cat", negative_prompt="blurry")
+    assert exchanged is not after
+    assert mine("a cat", negative_prompt="blurry") is exchanged
 
 
 def test_other_calls_go_as_before(encoder):
