@@ -116,15 +116,3 @@ def test_other_platforms_are_refused(pair, tmp_path):
     with pytest.raises(ClipJaxError, match="platforms must be among cpu, cuda, tpu, rocm, found abacus"):
         pair[0].export(tmp_path / "out", platforms=["abacus"], **options(pair[0]))
     assert not (tmp_path / "out").exists()
-
-
-def test_quantised_params_are_exported_too(pair, tmp_path):
-    quantize = {"sdxl": "int8", "flux": "int4"}[pair[0].family.name]
-    source = pair[1].parent / "source"
-    encoder = clip_jax.load(source, family=pair[0].family.name, quantize=quantize, cache_bytes=0)
-    encoder.export(tmp_path / "out", **options(encoder))
-    found = clip_jax.load_exported(tmp_path / "out", cache_bytes=0)
-    assert jax.tree.structure(found.params) == jax.tree.structure(encoder.params)
-    np.testing.assert_allclose(
-        found("a cat", **options(encoder)).prompt_embeds, encoder("a cat", **options(encoder)).prompt_embeds, atol=1e-5
-    )
