@@ -1,4 +1,4 @@
-"""Turns a result into its table in a document: `python -m bench.report bench/results/NAME.json`.
+"""Turns a result into its tables in the documents: `python -m bench.report bench/results/NAME.json`.
 
 A result with `cases` is one of `python -m bench`, one with `peaks` of `bench.memory`, one with `formats` of
 `bench.formats`, one with `flops` of `bench.flops`, one with `quantized` of `bench.quantize`, one with `scan` of
@@ -10,25 +10,35 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from bench import summary, timings
 from bench.host import ROOT
-from bench.timings import SCHEMA, caption, number, rows
-
-_MIGRATION = Path("docs/migration.md")
-_README = Path("README.md")
-_BENCH = Path("bench/README.md")
-_OWN = Path("the document of the result")
+from bench.timings import SCHEMA, number
 
 
 class ReportError(Exception):
     """The result or the document is not what the report works on."""
 
 
-def render(result: Mapping[str, Any], source: str) -> str:
-    """The markdown table of a result, and below it one line: what it shows, and where it was measured.
+class Table(NamedTuple):
+    """A table of a result.
+
+    Attributes:
+        marker: What it stands between in its document.
+        document: That document, from the root of the repository.
+        text: Markdown; and below the table one line: what it shows, and where it was measured.
+    """
+
+    marker: str
+    document: str
+    text: str
+
+
+def tables(result: Mapping[str, Any], source: str) -> list[Table]:
+    """All tables of a result.
 
     Args:
         result: The content of the JSON file.
@@ -37,36 +47,23 @@ def render(result: Mapping[str, Any], source: str) -> str:
     Raises:
         ReportError: The result has another schema.
     """
-    renderers = {
-        "parity": _render_errors,
-        "bench:memory": _render_peaks,
-        "bench:flops": _render_flops,
-        "bench:formats": _render_formats,
-        "bench:quantize": _render_quantized,
-        "bench:scan": _render_scan,
-    }
-    return renderers.get(kind(result), _render_times)(result, source)
-
-
-def kind(result: Mapping[str, Any]) -> str:
-    """The name of the markers between which its document has the table of a result."""
     if "benchmark" in result:
-        accelerator = "" if result["platform"] == "cpu" else f":{result['platform']}"
-        return f"bench:{result['benchmark']}{accelerator}"
-    kinds = {
-        "errors": "parity",
-        "peaks": "bench:memory",
-        "flops": "bench:flops",
-        "formats": "bench:formats",
-        "quantized": "bench:quantize",
-        "scan": "bench:scan",
-    }
-    return next(name for key, name in kinds.items() if key in result)
+        return _tables_of_times(result, source)
+    key = next(key for key in _KINDS if key in result)
+    marker, document, render = _KINDS[key]
+    return [Table(marker, document, render(result, source))]
 
 
-def document(result: Mapping[str, Any]) -> Path:
-    """The document that has the table of a result."""
-    return ROOT / {"bench:compat": _MIGRATION, "bench:scan": _BENCH}.get(kind(result), _README)
+def _tables_of_times(result: Mapping[str, Any], source: str) -> list[Table]:
+    if result.get("schema") != SCHEMA:
+        raise ReportError(f"{source} has schema {result.get('schema')!r}; expected {SCHEMA}.")
+    accelerator = "" if result["platform"] == "cpu" else f":{result['platform']}"
+    whole = f"{_table(timings.rows(result))}\n\n{timings.caption(result, source)}"
+    tables = [Table(f"bench:{result['benchmark']}{accelerator}", _DOCUMENTS[result["benchmark"]], whole)]
+    if result["benchmark"] == "encode":
+        short = f"{_table(summary.rows(result))}\n\n{summary.caption(result, source)}"
+        tables.append(Table(f"bench:ratios{accelerator}", _README, short))
+    return tables
 
 
 def _render_errors(result: Mapping[str, Any], source: str) -> str:
@@ -175,12 +172,6 @@ def _table(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def _render_times(result: Mapping[str, Any], source: str) -> str:
-    if result.get("schema") != SCHEMA:
-        raise ReportError(f"{source} has schema {result.get('schema')!r}; expected {SCHEMA}.")
-    return f"{_table(rows(result))}\n\n{caption(result, source)}"
-
-
 def splice(text: str, table: str, name: str) -> str:
     """A document with `table` between the markers called `name`.
 
@@ -199,35 +190,48 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
     parser.add_argument("result", type=Path)
     what = parser.add_mutually_exclusive_group()
-    option = {"nargs": "?", "type": Path, "const": _OWN, "metavar": "DOCUMENT"}
-    what.add_argument("--check", **option, help="fail unless the table of its document is that of the result")
-    what.add_argument("--write", **option, help="replace that table; the document is that of the result if not named")
+    what.add_argument("--check", action="store_true", help="fail unless the documents have the tables of the result")
+    what.add_argument("--write", action="store_true", help="put them there")
     args = parser.parse_args(argv)
     try:
         result = json.loads(args.result.read_text(encoding="utf-8"))
-        table = render(result, args.result.name)
-        path = args.check or args.write
-        if path is _OWN:
-            path = document(result)
-        if path:
+        for table in tables(result, args.result.name):
+            if not (args.check or args.write):
+                print(table.text)
+                continue
+            path = ROOT / table.document
             text = path.read_text(encoding="utf-8")
-            wanted = splice(text, table, kind(result))
+            wanted = splice(text, table.text, table.marker)
+            if args.write:
+                path.write_text(wanted, encoding="utf-8")
+            elif wanted != text:
+                sys.exit(
+                    f"bench.report: the table {table.marker} in {path} is not that of {args.result}. "
+                    f"Update it: python -m bench.report {args.result} --write"
+                )
     except (OSError, ReportError) as error:
         sys.exit(f"bench.report: {error}")
-    if args.write:
-        path.write_text(wanted, encoding="utf-8")
-    elif not args.check:
-        print(table)
-    elif wanted != text:
-        sys.exit(
-            f"bench.report: the table in {path} is not that of {args.result}. "
-            f"Update it: python -m bench.report {args.result} --write {path}"
-        )
 
 
 def _versions(versions: Mapping[str, str]) -> str:
     python, *others = (f"{name} {version}" for name, version in versions.items())
     return f"{', '.join(others)} on {python}"
+
+
+_README, _BENCH = "README.md", "bench/README.md"
+
+#: By benchmark of `python -m bench`, the document of its table.
+_DOCUMENTS = {"encode": _BENCH, "compat": "docs/migration.md", "cold": _README, "cache": _README}
+
+#: By the key that tells them from each other, the marker, document and table of the other results.
+_KINDS: dict[str, tuple[str, str, Callable[[Mapping[str, Any], str], str]]] = {
+    "errors": ("parity", _README, _render_errors),
+    "peaks": ("bench:memory", _README, _render_peaks),
+    "flops": ("bench:flops", _README, _render_flops),
+    "formats": ("bench:formats", _README, _render_formats),
+    "quantized": ("bench:quantize", _README, _render_quantized),
+    "scan": ("bench:scan", _BENCH, _render_scan),
+}
 
 
 if __name__ == "__main__":

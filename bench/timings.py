@@ -38,24 +38,34 @@ def _expanded(column: _Column, result: _Json) -> list[_Column]:
     """Itself; that of ratios once for each contender that others are compared with."""
     if column is not _RATIO:
         return [column]
-    compared = _compared(result)
-    return [(f"ratio of {name}" if len(compared) > 1 else "ratio", "---:", _ratio(name)) for name in compared]
+    ours = compared(result)
+    return [(f"ratio of {name}" if len(ours) > 1 else "ratio", "---:", _ratio(name)) for name in ours]
 
 
-def _compared(result: _Json) -> list[str]:
+def compared(result: _Json) -> list[str]:
     """The contenders that others are compared with."""
     return list(dict.fromkeys(name for case in result["cases"] for name in case["ratios"]))
 
 
+def where(result: _Json) -> str:
+    """The machine."""
+    devices = dict.fromkeys(about["device"] for about in result["contenders"].values())
+    return f"{' / '.join(devices)}, {result['host']['cores']} CPU cores"
+
+
+def when(result: _Json) -> str:
+    """The day, and the version."""
+    commit = f"commit {result['commit'][:7]}" if result["commit"] else "no commit"
+    return f"{result['date'][:10]}, {commit}{' with uncommitted changes' if result['dirty'] else ''}"
+
+
 def caption(result: _Json, source: str) -> str:
     """What the table shows, where it was measured and with what, and who is left out and why."""
-    devices = dict.fromkeys(about["device"] for about in result["contenders"].values())
     others = max(case["other_cores"] for case in result["cases"])
-    commit = f"commit {result['commit'][:7]}" if result["commit"] else "no commit"
     facts = [
-        f"{' / '.join(devices)}, {result['host']['cores']} CPU cores, at most {others} of them taken by others",
+        f"{where(result)}, at most {others} of them taken by others",
         *dict.fromkeys(_versions(about["versions"]) for about in result["contenders"].values()),
-        f"{result['date'][:10]}, {commit}{' with uncommitted changes' if result['dirty'] else ''}",
+        when(result),
         f"`{source}`",
     ]
     settings = result["settings"]
@@ -86,12 +96,12 @@ def _left_out(result: _Json) -> list[str]:
 
 
 def _ratio_of(result: _Json) -> str:
-    compared = _compared(result)
+    names = compared(result)
     if result["benchmark"] == "cache":
-        return f'to "{compared[0]}"'
-    if len(compared) > 1:
+        return f'to "{names[0]}"'
+    if len(names) > 1:
         return "of one of ours and the other, below 1 ours is faster"
-    return f"of {compared[0]} and the other, below 1 {compared[0]} is faster"
+    return f"of {names[0]} and the other, below 1 {names[0]} is faster"
 
 
 def _versions(versions: Mapping[str, str]) -> str:

@@ -52,7 +52,7 @@ def test_it_writes_what_the_report_reads(machine, monkeypatch, tmp_path, capsys)
 
     out = tmp_path / "new" / "encode-nvidia-h200-sxm.json"
     result = json.loads(out.read_text())
-    assert report.kind(result) == "bench:encode:gpu"
+    assert report.tables(result, out.name)[0].marker == "bench:encode:gpu"
     assert result["cases"][0]["flops"] == 4e10
     assert result["cases"][0]["contenders"]["clip_jax"]["least_ms"] == 40
     capsys.readouterr()

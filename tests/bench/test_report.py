@@ -1,4 +1,4 @@
-"""The table of a made-up result, and that --check finds every difference."""
+"""The tables of a made-up result, and that --check finds every difference."""
 
 import copy
 import json
@@ -6,7 +6,7 @@ import json
 import pytest
 
 from bench import report
-from bench.report import ReportError, document, kind, main, render, splice
+from bench.report import ReportError, main, splice, tables
 from tests.bench.fakes import RESULT
 
 START, END = "<!-- bench:encode -->", "<!-- /bench:encode -->"
@@ -27,18 +27,52 @@ clip-jax-text 0.1.0, jax 0.12.0 on python 3.14.1; torch 2.13.0 on python 3.11.7;
 in int8 (thousand million operations per second), 20 GB/s of memory. Left out: OpenVINO (nncf not installed); torch \
 compiled of sd15 float32, batch 8 (ended with exit code 1); clip_jax of sdxl int8, batch 1 (this clip_jax does not \
 quantise)."""
-README = f"# Title\n\n{START}\nold\n{END}\n\nMore text.\n"
+RATIOS = """\
+| preset | precision | pairs |  | ms | torch eager |
+| --- | --- | ---: | --- | ---: | ---: |
+| sd15 | float32 | 8 | clip_jax | 50.0 | 0.50 |
+
+Guidance pairs of token ids to embeddings: our time, and that divided by each peer's in the same precision; below 1 \
+ours is faster. Medians of 15 interleaved calls, and of their ratios; Some CPU, 4 CPU cores; 2026-01-02, commit \
+0123456; `run.json`. Spread, errors, first calls, memory and versions: [bench/README.md](bench/README.md#results)."""
+DOCUMENT = f"# Title\n\n{START}\nold\n{END}\n\nMore text.\n"
+
+
+def render(result, source):
+    """The first table of a result."""
+    return tables(result, source)[0].text
 
 
 @pytest.fixture
-def files(tmp_path):
+def files(tmp_path, monkeypatch):
+    """A result, and its documents: the whole table is in bench/README.md, a short one in README.md."""
+    monkeypatch.setattr(report, "ROOT", tmp_path)
     (tmp_path / "run.json").write_text(json.dumps(RESULT))
-    (tmp_path / "README.md").write_text(README)
-    return str(tmp_path / "run.json"), tmp_path / "README.md"
+    (tmp_path / "README.md").write_text("<!-- bench:ratios --><!-- /bench:ratios -->")
+    (tmp_path / "bench").mkdir()
+    (tmp_path / "bench" / "README.md").write_text(DOCUMENT)
+    return str(tmp_path / "run.json"), tmp_path / "bench" / "README.md"
 
 
 def test_render():
-    assert render(RESULT, "run.json") == TABLE
+    assert [table.text for table in tables(RESULT, "run.json")] == [TABLE, RATIOS]
+
+
+def test_the_short_table_has_a_row_for_each_of_ours_and_a_column_for_each_peer():
+    first, last = copy.deepcopy(RESULT["cases"][0]), copy.deepcopy(RESULT["cases"][0])
+    first["contenders"]["clip_jax, frozen"] = first["contenders"]["clip_jax"]
+    first["ratios"] = {
+        "clip_jax": {"clip_jax, frozen": RATIO, "torch eager": RATIO | {"median": 0.9}},
+        "clip_jax, frozen": {"clip_jax": RATIO, "torch eager": RATIO | {"median": 0.8}},
+    }
+    last |= {"precision": "int8", "ratios": {"clip_jax": {"OpenVINO, dynamic": RATIO | {"median": 1.234}}}}
+    lines = tables({**RESULT, "cases": [first, last]}, "run.json")[1].text.splitlines()
+    assert lines[0] == "| preset | precision | pairs |  | ms | torch eager | OpenVINO, dynamic |"
+    assert lines[2:5] == [
+        "| sd15 | float32 | 8 | clip_jax | 50.0 | 0.90 |  |",
+        "| sd15 | float32 | 8 | clip_jax, frozen | 50.0 | 0.80 |  |",
+        "| sd15 | int8 | 8 | clip_jax | 50.0 |  | 1.23 |",
+    ]
 
 
 def test_outside_a_commit_with_nothing_left_out():
@@ -77,14 +111,18 @@ def test_the_other_benchmarks_have_columns_of_their_own(benchmark, header, row):
     lines = render(result, "run.json").splitlines()
     assert lines[0] == header
     assert lines[3] == row
+    document = "docs/migration.md" if benchmark == "compat" else "README.md"
+    assert places(result) == [(f"bench:{benchmark}", document)]
 
 
-def test_every_result_has_its_document_and_its_markers():
-    assert (kind(RESULT), document(RESULT).name) == ("bench:encode", "README.md")
-    assert kind({**RESULT, "platform": "gpu"}) == "bench:encode:gpu"
-    compat = {**RESULT, "benchmark": "compat"}
-    assert (kind(compat), document(compat).parts[-2:]) == ("bench:compat", ("docs", "migration.md"))
-    assert document({**RESULT, "benchmark": "cold"}).name == document(PARITY).name == "README.md"
+def places(result):
+    return [(table.marker, table.document) for table in tables(result, "run.json")]
+
+
+def test_every_table_has_its_document_and_its_markers():
+    assert places(RESULT) == [("bench:encode", "bench/README.md"), ("bench:ratios", "README.md")]
+    assert [marker for marker, _ in places({**RESULT, "platform": "gpu"})] == ["bench:encode:gpu", "bench:ratios:gpu"]
+    assert places(PARITY) == [("parity", "README.md")]
 
 
 def test_each_of_ours_has_a_column_of_ratios():
@@ -126,7 +164,7 @@ SCAN = {
 
 
 def test_the_scan_is_in_the_document_of_the_benchmarks():
-    assert (kind(SCAN), document(SCAN).parts[-2:]) == ("bench:scan", ("bench", "README.md"))
+    assert places(SCAN) == [("bench:scan", "bench/README.md")]
     lines = render(SCAN, "scan.json").splitlines()
     assert lines[2] == "| sd15, float32 | 12 | 1.23 | 0.50 | 80.0 | 100 | 0.80 (0.75 to 0.90) |"
     assert "Some CPU" in lines[-1]
@@ -139,35 +177,28 @@ def test_another_schema_is_refused():
 
 def test_print(files, capsys):
     main([files[0]])
-    assert capsys.readouterr().out == TABLE + "\n"
+    assert capsys.readouterr().out == f"{TABLE}\n{RATIOS}\n"
 
 
-def test_write_then_check(files):
-    result, readme = files
-    main([result, "--write", str(readme)])
-    assert readme.read_text() == f"# Title\n\n{START}\n\n{TABLE}\n\n{END}\n\nMore text.\n"
-    main([result, "--check", str(readme)])
-
-
-def test_without_a_name_the_document_is_that_of_the_result(files, monkeypatch):
-    result, readme = files
-    monkeypatch.setattr(report, "ROOT", readme.parent)
+def test_write_then_check(files, tmp_path):
+    result, document = files
     main([result, "--write"])
-    assert TABLE in readme.read_text()
+    assert document.read_text() == f"# Title\n\n{START}\n\n{TABLE}\n\n{END}\n\nMore text.\n"
+    assert RATIOS in (tmp_path / "README.md").read_text()
     main([result, "--check"])
-    readme.write_text(readme.read_text().replace("sd15", "sd16"))
-    with pytest.raises(SystemExit, match="is not that of"):
+    (tmp_path / "README.md").write_text((tmp_path / "README.md").read_text().replace("0.50", "0.40"))
+    with pytest.raises(SystemExit, match="the table bench:ratios in .*README.md is not that of"):
         main([result, "--check"])
 
 
 @pytest.mark.parametrize("change", [("50.0 (", "49.0 ("), ("\n| sdxl", "\n\n| sdxl"), ("3.14.1", "3.14.2")])
-def test_check_fails_when_the_readme_differs(files, change, capsys):
-    result, readme = files
-    main([result, "--write", str(readme)])
-    assert change[0] in readme.read_text()
-    readme.write_text(readme.read_text().replace(*change))
+def test_check_fails_when_the_document_differs(files, change, capsys):
+    result, document = files
+    main([result, "--write"])
+    assert change[0] in document.read_text()
+    document.write_text(document.read_text().replace(*change))
     with pytest.raises(SystemExit, match="is not that of") as exit_:
-        main([result, "--check", str(readme)])
+        main([result, "--check"])
     assert exit_.value.code  # a message: Python prints it and exits with 1
     assert capsys.readouterr().out == ""
 
@@ -182,8 +213,9 @@ def test_markers_must_be_there_once_each_and_in_order(readme):
 
 
 def test_a_missing_file_is_an_error_message(files):
+    files[1].unlink()
     with pytest.raises(SystemExit, match="No such file"):
-        main([files[0], "--check", str(files[1]) + "x"])
+        main([files[0], "--check"])
 
 
 PARITY = {
@@ -195,18 +227,19 @@ PARITY = {
 }
 
 
-def test_errors_have_a_table_of_their_own(tmp_path):
+def test_errors_have_a_table_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "ROOT", tmp_path)
     result, readme = tmp_path / "parity.json", tmp_path / "README.md"
     result.write_text(json.dumps(PARITY))
-    readme.write_text("<!-- parity --><!-- /parity --> <!-- bench:encode --> kept <!-- /bench:encode -->")
-    main([str(result), "--write", str(readme)])
+    readme.write_text("<!-- parity --><!-- /parity --> <!-- bench:ratios --> kept <!-- /bench:ratios -->")
+    main([str(result), "--write"])
     assert "| sd15 | 4.6e-06 | 3.8 | 2e-05 |" in readme.read_text()
     assert (
         "float32, on CPU (x86_64), 2026-01-02; jax 0.1, torch 2.0 on Python 3.11.7; `parity.json`."
         in readme.read_text()
     )
     assert "kept" in readme.read_text()
-    main([str(result), "--check", str(readme)])
+    main([str(result), "--check"])
 
 
 FORMATS = {
