@@ -72,7 +72,7 @@ def caption(result: _Json, source: str) -> str:
     fewer = " (fewer of larger batches)" if max(case["batch"] for case in result["cases"]) > 1 else ""
     text = (
         f"{_WHAT[result['benchmark']]} Weights: {settings['weights']}. {settings['repeats']} interleaved "
-        f"{_UNIT[result['benchmark']]} each{fewer}: "
+        f"{_UNIT[result['benchmark']]}{fewer}: "
         f"median (quartiles); ratio: median (min to max) of the pairwise ratios {_ratio_of(result)}. "
         f"{'; '.join(facts)}."
     )
@@ -193,4 +193,9 @@ _WHAT = {
     "cold": "From the start of Python to the first embeddings of a guidance pair; float32, files in the page cache.",
     "cache": "`encoder(prompt, negative_prompt)`, strings to embeddings of a guidance pair; float32.",
 }
-_UNIT = {"encode": "calls", "compat": "calls", "cold": "processes", "cache": "calls"}
+_UNIT = {
+    "encode": "calls with each peer",
+    "compat": "calls with each peer",
+    "cold": "processes each",
+    "cache": "calls each",
+}

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from clip_jax.exported import load_exported as load_exported
     from clip_jax.families import FAMILIES as FAMILIES
     from clip_jax.families import Family as Family
+    from clip_jax.families import refiner_time_ids as refiner_time_ids
     from clip_jax.families import time_ids as time_ids
     from clip_jax.loading import info as info
     from clip_jax.loading import load as load
@@ -49,6 +50,7 @@ _HOMES = {
     "load": "loading",
     "load_exported": "exported",
     "load_tokenizers": "loading",
+    "refiner_time_ids": "families",
     "text_embeddings": "embed",
     "time_ids": "families",
 }

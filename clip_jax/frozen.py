@@ -120,7 +120,8 @@ def _check(params: Params, dtype: np.dtype) -> None:
     if not _packs(dtype.name):
         raise ClipJaxError(
             f"freeze needs an XLA that packs kernels of {dtype.name} by oneDNN, as that of jax 0.11 and newer does on "
-            f"x86-64; found jax {jax.__version__} on {platform.machine()}. Leave it out."
+            f"x86-64; found jax {jax.__version__} on {platform.machine()}. Leave it out, or upgrade jax (on "
+            f"Python 3.12 or newer)."
         )
 
 

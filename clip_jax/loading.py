@@ -8,7 +8,7 @@ import os
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -180,6 +180,8 @@ def load(
     tokenizer: str | os.PathLike[str] | Mapping[str, str | os.PathLike[str]] | None = None,
     revision: str | None = None,
     local_files_only: bool = False,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
     mesh: jax.sharding.Mesh | None = None,
     rules: Rules | None = None,
     cache_bytes: int = CACHE_BYTES,
@@ -207,6 +209,8 @@ def load(
         tokenizer: A tokenizer folder to use instead of the source's, or tower name -> folder.
         revision: Branch, tag or commit of a Hub repo.
         local_files_only: Takes a Hub repo from the local cache, without asking the network.
+        token: Of the Hub, for gated and private repos; None is that of `hf auth login` or `HF_TOKEN`.
+        cache_dir: Where downloads are kept; None is the place of `huggingface_hub`.
         mesh: The devices to split the params over, each parameter being read straight to its parts; None means whole
             on the default device. Several processes that share a mesh call this alike.
         rules: Which axes of `mesh` the logical axes are split over (`clip_jax.params.shard`); None means
@@ -220,9 +224,9 @@ def load(
         ClipJaxError: `rules` do not fit `mesh`; another `quantize`.
     """
     scheme = scheme_called(quantize)
-    hub = _Hub(revision, local_files_only, progress)
+    access = Access(revision=revision, local_files_only=local_files_only, token=token, cache_dir=cache_dir)
     names = {without} if isinstance(without, str) else set(without)
-    opened = _open(source, family, names, hub, config, text_projection)
+    opened = _open(source, family, names, access, config, text_projection, progress)
     configs = {tower.name: tower.config for tower in opened.family.towers}
     placement, rows = _places(configs, mesh, rules)
     tokenizers = choose_tokenizers(configs, opened.tokenizer, tokenizer)
@@ -252,14 +256,16 @@ def info(
     text_projection: Projection = "auto",
     revision: str | None = None,
     local_files_only: bool = False,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
     progress: bool | None = None,
 ) -> ModelInfo:
     """Tells what a source holds, without reading its weights (of a Hub repo they are downloaded all the same).
 
     Arguments and errors as in `load`.
     """
-    hub = _Hub(revision, local_files_only, progress)
-    opened = _open(source, family, set(), hub, config, text_projection)
+    access = Access(revision=revision, local_files_only=local_files_only, token=token, cache_dir=cache_dir)
+    opened = _open(source, family, set(), access, config, text_projection, progress)
     towers = {}
     for name, tree in opened.specs().items():
         towers[name] = TowerInfo(
@@ -284,20 +290,15 @@ def load_tokenizers(
     tokenizer: str | os.PathLike[str] | Mapping[str, str | os.PathLike[str]] | None = None,
     revision: str | None = None,
     local_files_only: bool = False,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
     progress: bool | None = None,
 ) -> dict[str, RowTokenizer]:
     """Tower name -> tokenizer of a source. Arguments and errors as in `load`."""
-    opened = _open(source, family, set(), _Hub(revision, local_files_only, progress), config, "auto")
+    access = Access(revision=revision, local_files_only=local_files_only, token=token, cache_dir=cache_dir)
+    opened = _open(source, family, set(), access, config, "auto", progress)
     configs = {tower.name: tower.config for tower in opened.family.towers}
     return choose_tokenizers(configs, opened.tokenizer, tokenizer)
-
-
-class _Hub(NamedTuple):
-    """How to get a Hub repo."""
-
-    revision: str | None
-    local_files_only: bool
-    progress: bool | None
 
 
 def _places(
@@ -326,9 +327,10 @@ def _open(
     source: SourceLike,
     family: str | None,
     without: set[str],
-    hub: _Hub,
+    access: Access,
     config: Mapping[str, ConfigLike] | None,
     text_projection: Projection,
+    progress: bool | None,
 ) -> Source:
     if family is not None:
         family_called(family)
@@ -336,8 +338,8 @@ def _open(
         found = family_called(source.removeprefix(_RANDOM))
         _check_family(source, found.name, family)
         return _Random(found.without(without))
-    access = Access(revision=hub.revision, local_files_only=hub.local_files_only, skip=folders_of(without))
-    paths = [resolved.path for resolved in resolve_all(source, access, progress=hub.progress)]
+    access = dataclasses.replace(access, skip=folders_of(without))
+    paths = [resolved.path for resolved in resolve_all(source, access, progress=progress)]
     if not any(map(ckpt.is_checkpoint, paths)):
         return open_foreign(
             paths,

@@ -48,6 +48,8 @@ def convert(
     overwrite: bool = False,
     revision: str | None = None,
     local_files_only: bool = False,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
     progress: bool | None = None,
 ) -> Path:
     """Converts a checkpoint to an Orbax folder that `clip_jax.load` reads, with its tokenizers.
@@ -73,6 +75,8 @@ def convert(
         overwrite: Whether a checkpoint already at `out` may be replaced.
         revision: Branch, tag or commit of a Hub repo.
         local_files_only: Takes a Hub repo from the local cache, without asking the network.
+        token: Of the Hub, for gated and private repos; None is that of `hf auth login` or `HF_TOKEN`.
+        cache_dir: Where downloads are kept; None is the place of `huggingface_hub`.
         progress: Whether to show progress bars; None means on a terminal.
 
     Returns:
@@ -85,15 +89,21 @@ def convert(
     scheme = scheme_called(quantize)
     if verify and scheme is not PLAIN:
         raise ClipJaxError(
-            f"verify expects what float32 explains, and finds more in {quantize} by design. Verify a conversion "
-            f"without quantize: its weights are read the same way."
+            f"verify does not go with quantize: it takes for an error what float32 does not explain, and {quantize} "
+            f"rounds more by design. Verify a conversion without quantize: its weights are read the same way."
         )
     if isinstance(source, str) and source.startswith("random:"):
         raise CheckpointError(f"{source} has nothing to convert; `clip_jax.load({source!r}).save(...)` writes it.")
     out = Path(os.path.abspath(out))
     check_free(out, overwrite)  # before the work, not after it
     without = {without} if isinstance(without, str) else set(without)
-    access = Access(revision=revision, local_files_only=local_files_only, skip=folders_of(without))
+    access = Access(
+        revision=revision,
+        local_files_only=local_files_only,
+        token=token,
+        cache_dir=cache_dir,
+        skip=folders_of(without),
+    )
     found = resolve_all(source, access, progress=progress)
     for one in found:
         if is_checkpoint(one.path):

@@ -31,7 +31,7 @@ def find_family(path: Path, found: Components, name: str | None) -> Family:
         return fitting[0]
     if fitting:
         names = ", ".join(family.name for family in fitting)
-        raise CheckpointError(f"{path} could be of any of the families {names}. Pass family=.")
+        raise CheckpointError(f"{path} could be of any of the families {names}. Pass family= (--family).")
     reasons = "; ".join(f"{family}: {reason}" for family, reason in mismatches.items())
     if name:
         raise CheckpointError(f"{path} is not of family {reasons}.")

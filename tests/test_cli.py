@@ -306,7 +306,10 @@ def test_quantised_params_are_written_shown_and_used(tiny_sd15, tmp_path, capsys
         ("convert {source} {long}/out --family sd15", "{long}/out cannot be written: [Errno 17] File exists: '{long}'"),
         ("convert {source} {tmp}/out --family sd15 --dtype int4", "dtype must be one of float32, bfloat16, "),
         ("convert {source} {tmp}/out --quantize int2", "quantize must be None, 'int8', 'fp8', 'int4', found 'int2'."),
-        ("convert {source} {tmp}/out --quantize int8 --verify", "verify expects what float32 explains, and finds more"),
+        (
+            "convert {source} {tmp}/out --quantize int8 --verify",
+            "verify does not go with quantize: it takes for an error what float32 does not explain, and int8",
+        ),
         ("embed x --model {model} --quantize fp4", "quantize must be None, 'int8', 'fp8', 'int4', found 'fp4'."),
         ("embed x --model {model} --out {tmp}/a.csv", "--out must end in .safetensors or .npz, found 'a.csv'."),
         ("embed x --model {model} --out {tmp}/npz", "--out must end in .safetensors or .npz, found 'npz'."),

@@ -488,3 +488,12 @@ def test_time_ids():
     ids = clip_jax.time_ids((1024, 768), (0, 16), (512, 640), rows=4)
     assert ids.shape == (4, 6)
     assert ids.tolist() == [[1024, 768, 0, 16, 512, 640]] * 4
+
+
+def test_time_ids_of_the_refiner():
+    ids = clip_jax.refiner_time_ids((1024, 768), (0, 16), 7.5, 1.5, rows=4, dtype=jnp.bfloat16)
+    assert ids.dtype == jnp.bfloat16
+    assert ids.tolist() == [[1024, 768, 0, 16, 1.5]] * 2 + [[1024, 768, 0, 16, 7.5]] * 2
+    assert clip_jax.refiner_time_ids(rows=3, guidance=False).tolist() == [[1024, 1024, 0, 0, 6.0]] * 3
+    with pytest.raises(ClipJaxError, match="rows must be even, a negative prompt for each prompt; found 3"):
+        clip_jax.refiner_time_ids(rows=3)

@@ -16,7 +16,7 @@ import numpy as np
 from clip_jax.compat.base import FlaxPreTrainedModel
 from clip_jax.compat.clip import FlaxCLIPTextModel
 from clip_jax.compat.t5 import FlaxT5EncoderModel
-from clip_jax.params.shard import sharded_array
+from clip_jax.params.shard import over_auto_axes, sharded_array
 
 
 class _CallableEncoder:
@@ -52,18 +52,20 @@ class _CallableEncoder:
 
     def place_params(self, device_or_sharding: jax.Device | jax.sharding.Sharding) -> None:
         """Moves the params to a device, or to where a sharding says, devices of other processes included."""
+        place = device_or_sharding
+        if isinstance(place, jax.sharding.Sharding):
+            place = over_auto_axes(place)
 
-        def place(leaf: Any) -> jax.Array:
-            sharding = device_or_sharding
-            if isinstance(sharding, jax.sharding.Sharding) and not sharding.is_fully_addressable:
-                return sharded_array(leaf.shape, sharding, np.array(leaf).__getitem__)
-            return jax.device_put(leaf, sharding)
+        def moved(leaf: Any) -> jax.Array:
+            if isinstance(place, jax.sharding.Sharding) and not place.is_fully_addressable:
+                return sharded_array(leaf.shape, place, np.array(leaf).__getitem__)
+            return jax.device_put(leaf, place)
 
-        self.params = jax.tree.map(place, self.params)
+        self.params = jax.tree.map(moved, self.params)
 
     def offload_params(self) -> None:
         """Moves the params to the host. Calls run there until they are placed again."""
-        self.place_params(jax.devices("cpu")[0])
+        self.place_params(jax.local_devices(backend="cpu")[0])
 
 
 class CLIPTextEncoder(_CallableEncoder):

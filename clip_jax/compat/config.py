@@ -14,6 +14,8 @@ from clip_jax.config import ClipTextConfig, TowerConfig, config_from_hf
 from clip_jax.errors import ConfigError
 
 _RUN_TIME = {"output_attentions": False, "output_hidden_states": False, "return_dict": True}
+# What transformers takes for dropout where a config does not say.
+_DROPOUT = {"t5": {"dropout_rate": 0.1}, "clip_text_model": {"attention_dropout": 0.0}}
 
 
 class HfConfig:
@@ -55,7 +57,8 @@ def shown_config(config: Any, tower: TowerConfig) -> Any:
         fields = dict(whole.get("text_config") or {}) | (whole.get("text_config_dict") or {})
         fields |= {name: whole[name] for name in ("projection_dim",) if name in whole}
     ours = tower.to_hf()
-    return HfConfig(**(ours | fields | {"model_type": ours["model_type"]}))
+    kind = ours["model_type"]
+    return HfConfig(**(_DROPOUT[kind] | ours | fields | {"model_type": kind}))
 
 
 def tower_config(config: Any, architecture: str) -> TowerConfig:

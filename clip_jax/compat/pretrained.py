@@ -17,6 +17,7 @@ from clip_jax.convert.resolve import resolve
 from clip_jax.convert.tower import open_alone
 from clip_jax.errors import CheckpointError, ClipJaxError, ConfigError
 from clip_jax.params.shapes import TensorSpec, check_shapes, flatten, param_shapes, unflatten
+from clip_jax.params.shard import over_auto_axes
 from clip_jax.progress import byte_bar
 from clip_jax.tokenizers.files import read_json
 
@@ -82,10 +83,11 @@ def save_pretrained(folder: str | os.PathLike[str], config: Any, tower: TowerCon
 def _placement(shardings: Shardings, tower: TowerConfig) -> Callable[[str, TensorSpec], jax.sharding.Sharding]:
     """`shardings` as a function that the readers take."""
     if isinstance(shardings, jax.sharding.Sharding):
-        return lambda path, spec: shardings  # noqa: ARG005
+        whole = over_auto_axes(shardings)
+        return lambda path, spec: whole  # noqa: ARG005
     if callable(shardings):
         function = shardings
-        return lambda path, spec: function(path, jax.ShapeDtypeStruct(spec.shape, spec.dtype))
+        return lambda path, spec: over_auto_axes(function(path, jax.ShapeDtypeStruct(spec.shape, spec.dtype)))
     leaves = flatten(shardings)
     missing = sorted(param_shapes(tower).keys() - leaves.keys())
     if missing or not all(isinstance(leaf, jax.sharding.Sharding) for leaf in leaves.values()):
@@ -93,4 +95,4 @@ def _placement(shardings: Shardings, tower: TowerConfig) -> Callable[[str, Tenso
             f"Expected shardings to be a Sharding, a function, or a tree with a Sharding for every param, found "
             f"{f'none for {len(missing)} params, such as {missing[0]}' if missing else 'other leaves'}."
         )
-    return lambda path, spec: leaves[path]  # noqa: ARG005
+    return lambda path, spec: over_auto_axes(leaves[path])  # noqa: ARG005

@@ -15,6 +15,7 @@ import jax.typing
 import numpy as np
 
 from clip_jax.config import ClipTextConfig
+from clip_jax.errors import ClipJaxError
 from clip_jax.families.base import Family, Joined, Tower, TowerOutput
 
 
@@ -31,7 +32,7 @@ def time_ids(
     rows: int = 2,
     dtype: jax.typing.DTypeLike = jnp.float32,
 ) -> jax.Array:
-    """The size conditioning that SDXL's UNet takes beside the embeddings.
+    """The size conditioning that the UNet of SDXL's base takes beside the embeddings.
 
     Args:
         original_size: Height and width of the training image that is asked for, in pixels.
@@ -45,6 +46,40 @@ def time_ids(
     """
     ids = np.array([*original_size, *crops_coords_top_left, *target_size])
     return jnp.asarray(np.tile(ids, (rows, 1)), dtype)
+
+
+def refiner_time_ids(
+    original_size: tuple[int, int] = (1024, 1024),
+    crops_coords_top_left: tuple[int, int] = (0, 0),
+    aesthetic_score: float = 6.0,
+    negative_aesthetic_score: float = 2.5,
+    *,
+    rows: int = 2,
+    guidance: bool = True,
+    dtype: jax.typing.DTypeLike = jnp.float32,
+) -> jax.Array:
+    """The size and score conditioning that the UNet of SDXL's refiner takes beside the embeddings.
+
+    Args:
+        original_size: Height and width of the training image that is asked for, in pixels.
+        crops_coords_top_left: Top and left of its crop, in pixels.
+        aesthetic_score: How good the image is to be, for the prompts.
+        negative_aesthetic_score: The same for the negative prompts.
+        rows: Of the batch that the UNet is given: 2B with guidance.
+        guidance: Whether the first half of the rows is that of the negative prompts.
+        dtype: Of the result.
+
+    Returns:
+        [rows, 5]: original height and width, crop top and left, score.
+
+    Raises:
+        ClipJaxError: An odd number of rows with guidance.
+    """
+    if guidance and rows % 2:
+        raise ClipJaxError(f"With guidance rows must be even, a negative prompt for each prompt; found {rows}.")
+    scores = [negative_aesthetic_score, aesthetic_score] if guidance else [aesthetic_score]
+    ids = np.array([[*original_size, *crops_coords_top_left, score] for score in scores])
+    return jnp.asarray(np.repeat(ids, rows // len(scores), axis=0), dtype)
 
 
 CLIP_L = Tower(name="clip_l", config=ClipTextConfig.sd15(), layer=-2, final_norm=False)

@@ -97,6 +97,13 @@ def _fitted(sharding: Sharding, shape: tuple[int, ...]) -> Sharding:
     return NamedSharding(sharding.mesh, PartitionSpec(*split))
 
 
+def over_auto_axes(sharding: Sharding) -> Sharding:
+    """The same sharding, for XLA to propagate: with explicit axes the model would have to state each of its own."""
+    if not isinstance(sharding, NamedSharding):
+        return sharding
+    return NamedSharding(_auto(sharding.mesh), sharding.spec, memory_kind=sharding.memory_kind)
+
+
 def device_bytes(configs: Mapping[str, TowerConfig], shardings: Shardings, dtype: jax.typing.DTypeLike) -> int:
     """Bytes of params on each device, for towers that are loaded in `dtype`."""
     kept = float_dtype(dtype)
@@ -162,7 +169,7 @@ def _names(mesh_axes: str | Sequence[str] | None) -> tuple[str, ...]:
 
 
 def _auto(mesh: Mesh | AbstractMesh) -> Mesh | AbstractMesh:
-    """The same mesh, for XLA to propagate shardings over; with explicit axes the model would have to state each."""
+    """The same mesh with `AxisType.Auto` for all axes."""
     if isinstance(mesh, Mesh):
         return Mesh(mesh.devices, mesh.axis_names)
     return mesh.update_axis_types(dict.fromkeys(mesh.axis_names, AxisType.Auto))

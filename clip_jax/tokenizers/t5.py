@@ -13,7 +13,10 @@ from clip_jax.tokenizers.rows import RowTokenizer
 MAX_LENGTH = 512
 
 _DEFAULT_SPECIAL = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
-_ADVICE = "Pass the folder of a T5 tokenizer (tokenizer_2/ of FLUX, tokenizer_3/ of SD3)."
+_ADVICE = (
+    "Pass the folder of a T5 tokenizer (tokenizer_2/ of FLUX, tokenizer_3/ of SD3): "
+    'tokenizer={"t5": folder} (--tokenizer t5=FOLDER).'
+)
 
 
 class T5Tokenizer(RowTokenizer):

@@ -228,6 +228,14 @@ def test_options_reach_the_hub(repo, tmp_path):
         clip_jax.load("owner/name", family="sd15", revision="v2")
 
 
+@pytest.mark.parametrize("call", [clip_jax.load, clip_jax.info, clip_jax.load_tokenizers, convert])
+def test_the_token_and_the_place_for_downloads_reach_the_hub(repo, call, tmp_path):
+    out = [tmp_path / "out"] if call is convert else []
+    call("owner/name", *out, family="sd15", token="hf_secret", cache_dir=tmp_path / "cache")
+    assert set(repo.tokens) == {"Bearer hf_secret"}
+    assert any((tmp_path / "cache").rglob("config.json"))
+
+
 @pytest.mark.parametrize("call", [clip_jax.load, clip_jax.info, clip_jax.load_tokenizers])
 def test_without_network_one_error_says_all_that_was_tried(repo, call):
     repo.stop()

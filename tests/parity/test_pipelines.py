@@ -2,11 +2,14 @@
 
 import dataclasses
 import functools
+from types import SimpleNamespace
 
+import diffusers
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 
 import clip_jax
 from clip_jax.tokenizers import ClipTokenizer
@@ -323,6 +326,21 @@ def test_control_negative_prompts_exchanged(pairs, name, assert_parity):
     pipeline, encoder = pairs(name)
     theirs = reference(pipeline, name, prompt=CAT, negative_prompt=BAD, negative_prompt_2=WORSE, **ON)
     assert_disagree(encoder(CAT, WORSE, negative_prompt_2=BAD, **ON), theirs, assert_parity)
+
+
+def test_time_ids_of_the_refiner():
+    """What `StableDiffusionXLImg2ImgPipeline.__call__` makes of its defaults, for two prompts with guidance."""
+    size, crop = (1024, 768), (0, 16)
+    unet = SimpleNamespace(
+        config=SimpleNamespace(addition_time_embed_dim=256),
+        add_embedding=SimpleNamespace(linear_1=SimpleNamespace(in_features=2560)),
+    )
+    refiner = SimpleNamespace(config=SimpleNamespace(requires_aesthetics_score=True), unet=unet)
+    positive, negative = diffusers.StableDiffusionXLImg2ImgPipeline._get_add_time_ids(
+        refiner, size, crop, size, 6.0, 2.5, size, crop, size, torch.float32, text_encoder_projection_dim=1280
+    )
+    theirs = torch.cat([negative.repeat(2, 1), positive.repeat(2, 1)])
+    np.testing.assert_array_equal(clip_jax.refiner_time_ids(size, crop, rows=4), theirs)
 
 
 @pytest.mark.parametrize("name", ["sdxl", "sdxl_refiner", "sd3"])

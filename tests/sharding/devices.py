@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import clip_jax
 import clip_jax.encoder
-from clip_jax.compat import FlaxCLIPTextModel, FlaxT5EncoderModel
+from clip_jax.compat import FlaxCLIPTextModel, FlaxT5EncoderModel, T5TextEncoder
 from clip_jax.convert.foreign import ForeignCheckpoint, open_foreign
 from clip_jax.convert.tower import ForeignTower
 from clip_jax.params import checkpoint as ckpt
@@ -160,7 +160,7 @@ def quantized(source: Path, name: str) -> dict[str, Any]:
 
 def compat(source: Path, whole: Any) -> dict[str, Any]:
     """A pipeline that shards the drop-in classes by its own rules: read straight to their parts, and called."""
-    mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(2, 4), ("fsdp", "tensor"))
+    mesh = mesh_of({"fsdp": 2, "tensor": 4})
     rules = (("embed", "fsdp"), ("heads", "tensor"), ("mlp", "tensor"))
     ids = np.arange(24).reshape(2, 12)
     found: dict[str, Any] = {}
@@ -178,7 +178,21 @@ def compat(source: Path, whole: Any) -> dict[str, Any]:
             "bytes": bytes_by_device(split.params),
             "same params": same_parts(split.params, whole[tower]),
         }
+    found["placed"] = placed(T5TextEncoder(cls.from_pretrained(source, subfolder=folder)), ids, mesh)
     return found
+
+
+def placed(encoder: T5TextEncoder, ids: np.ndarray, mesh: jax.sharding.Mesh) -> dict[str, Any]:
+    """A wrapper whose params go to a mesh, and back to the host."""
+    wanted = np.asarray(encoder(ids))
+    encoder.place_params(NamedSharding(mesh, PartitionSpec()))
+    there = encoder(ids)
+    encoder.offload_params()
+    here = encoder(ids)
+    return {
+        "devices": [len(array.devices()) for array in (there, here)],
+        "error": max(float(np.abs(np.asarray(array) - wanted).max()) for array in (there, here)),
+    }
 
 
 def reads(opened: ForeignCheckpoint) -> dict[str, Any]:

@@ -140,6 +140,12 @@ def test_flax_rules_shard_the_drop_in_classes(devices, tower, config):
     assert max(found["bytes"]) <= tables / 2 + kernels / 8 + rest
 
 
+def test_params_of_a_wrapper_go_to_a_mesh_and_back(devices):
+    found = devices["compat"]["placed"]
+    assert found["devices"] == [8, 1]
+    assert found["error"] <= TOLERANCE
+
+
 @pytest.mark.parametrize("name", list(SCHEMES))
 def test_quantised_params_are_split_as_others_are(devices, name):
     """Scales go with what they scale, whether parts are quantised as they are read or were before."""
