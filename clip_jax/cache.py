@@ -7,7 +7,6 @@ a known negative is encoded alone, and equal prompts of a batch are encoded once
 from __future__ import annotations
 
 import dataclasses
-import functools
 import operator
 import threading
 from collections import OrderedDict
@@ -19,10 +18,12 @@ import numpy as np
 
 from clip_jax.embed import Params, Skips
 from clip_jax.params.snapshot import Snapshot
-from clip_jax.structs import TextEmbeddings, Tokens
+from clip_jax.structs import TextEmbeddings, Tokens, is_traced
 
 #: How much is held where nothing else is said: about five hundred prompts of SD 1.5 with their negatives, in float32.
 CACHE_BYTES = 256 * 2**20
+
+_FEW = 16  # rows, or groups of rows, that one program joins
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,6 +57,12 @@ class EmbeddingCache:
         self._others: list[object] = []
         self._generation = 0
 
+    def __getstate__(self) -> dict[str, int]:
+        return {"max_bytes": self.max_bytes}
+
+    def __setstate__(self, state: dict[str, int]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
+
     def renew(self, params: Params, others: Iterable[object] = ()) -> int:
         """Forgets everything unless params and others are the very objects that they were at the last call.
 
@@ -64,7 +71,7 @@ class EmbeddingCache:
             others: What else entries depend on beside their keys: architectures, tokenizers.
 
         Returns:
-            A number for `put`, which is another one once something has been forgotten.
+            A number for `get` and `put`, which is another one once something has been forgotten.
         """
         others = list(others)
         with self._lock:
@@ -74,11 +81,15 @@ class EmbeddingCache:
                 self._params, self._others = Snapshot(params), others
             return self._generation
 
-    def get(self, key: Hashable) -> TextEmbeddings | None:
-        """What is held under `key`: rows, or the result of a whole call."""
+    def get(self, key: Hashable, generation: int) -> TextEmbeddings | None:
+        """What is held under `key`, and was not computed for another state: rows, or the result of a whole call."""
         with self._lock:
-            found = self._entries.get(key)
+            found = self._entries.get(key) if generation == self._generation else None
             if found is None:
+                return None
+            arrays = found[0].prompt_embeds, found[0].pooled_prompt_embeds
+            if any(array is not None and array.is_deleted() for array in arrays):  # donated by who was given them
+                self._nbytes -= self._entries.pop(key)[1]
                 return None
             self._entries.move_to_end(key)
             self._hits += len(found[0].prompt_embeds)
@@ -86,9 +97,8 @@ class EmbeddingCache:
 
     def put(self, key: Hashable, value: TextEmbeddings, generation: int) -> None:
         """Holds `value`, unless it is too large, or was computed before something was forgotten."""
-        leaves = jax.tree.leaves(value)
-        size = sum(leaf.nbytes for leaf in leaves)
-        if size > self.max_bytes or any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(value))
+        if size > self.max_bytes or is_traced(value):
             return
         with self._lock:
             if generation != self._generation:
@@ -169,7 +179,7 @@ def encode_cached(
     sides = [(skips[0], tokens.uncond), (skips[1], tokens.cond)]
     keys = [_keys(skip, side, tokens) for skip, side in sides if side is not None]
     order = [key for side in keys for key in side]
-    rows = {key: found for key in dict.fromkeys(order) if (found := cache.get(key)) is not None}
+    rows = {key: found for key in dict.fromkeys(order) if (found := cache.get(key, generation)) is not None}
     missing = [list(dict.fromkeys(key for key in side if key not in rows)) for side in keys]
     missing[1:] = [[key for key in side if key not in missing[0]] for side in missing[1:]]
     cache.missed(sum(map(len, missing)))
@@ -191,7 +201,7 @@ def encode_cached(
 
 def _keys(skip: int | None, side: dict[str, np.ndarray | jax.Array], tokens: Tokens) -> list[Hashable]:
     """What each row of ids is known by."""
-    towers = [np.ascontiguousarray(ids) for ids in side.values()]
+    towers = [np.ascontiguousarray(ids) for _, ids in sorted(side.items())]
     return [
         (skip, tokens.max_sequence_length, *(ids[row].tobytes() for ids in towers)) for row in range(len(towers[0]))
     ]
@@ -222,33 +232,42 @@ def _part(
     return part, (uncond[0][0] if uncond else None, skip)
 
 
-@jax.jit
 def _split(embeddings: TextEmbeddings) -> list[TextEmbeddings]:
     """One result for each row, each [1, L, D]."""
+    return [_row(embeddings, np.int32(row)) for row in range(len(embeddings.prompt_embeds))]
+
+
+@jax.jit
+def _row(embeddings: TextEmbeddings, row: jax.Array) -> TextEmbeddings:
     pooled = embeddings.pooled_prompt_embeds
-    return [
-        TextEmbeddings(
-            prompt_embeds=embeddings.prompt_embeds[row : row + 1],
-            pooled_prompt_embeds=None if pooled is None else pooled[row : row + 1],
-            text_ids=embeddings.text_ids,
-            guidance=False,
-        )
-        for row in range(len(embeddings.prompt_embeds))
-    ]
+    return TextEmbeddings(
+        prompt_embeds=jax.lax.dynamic_slice_in_dim(embeddings.prompt_embeds, row, 1),
+        pooled_prompt_embeds=None if pooled is None else jax.lax.dynamic_slice_in_dim(pooled, row, 1),
+        text_ids=embeddings.text_ids,
+        guidance=False,
+    )
 
 
-@functools.partial(jax.jit, static_argnames=("zeros", "guidance"))
 def _joined(rows: Sequence[TextEmbeddings], *, zeros: bool, guidance: bool) -> TextEmbeddings:
     """Rows one after the other, after as many rows of zeros if there are to be such."""
+    # A few at a time: a program that joined any number would be compiled for each number, and slowly for large ones.
+    while len(rows) > 1:
+        rows = [_concatenated(rows[start : start + _FEW]) for start in range(0, len(rows), _FEW)]
+    (whole,) = rows
+    return dataclasses.replace(_after_zeros(whole) if zeros else whole, guidance=guidance)
 
-    def join(parts: Sequence[jax.Array]) -> jax.Array:
-        joined = jnp.concatenate(parts)
-        return jnp.concatenate([jnp.zeros_like(joined), joined]) if zeros else joined
 
-    pooled = [row.pooled_prompt_embeds for row in rows if row.pooled_prompt_embeds is not None]
+@jax.jit
+def _concatenated(parts: Sequence[TextEmbeddings]) -> TextEmbeddings:
+    pooled = [part.pooled_prompt_embeds for part in parts if part.pooled_prompt_embeds is not None]
     return TextEmbeddings(
-        prompt_embeds=join([row.prompt_embeds for row in rows]),
-        pooled_prompt_embeds=join(pooled) if pooled else None,
-        text_ids=rows[0].text_ids,
-        guidance=guidance,
+        prompt_embeds=jnp.concatenate([part.prompt_embeds for part in parts]),
+        pooled_prompt_embeds=jnp.concatenate(pooled) if pooled else None,
+        text_ids=parts[0].text_ids,
+        guidance=False,
     )
+
+
+@jax.jit
+def _after_zeros(rows: TextEmbeddings) -> TextEmbeddings:
+    return _concatenated([jax.tree.map(jnp.zeros_like, rows), rows])

@@ -82,6 +82,8 @@ def text_embeddings(
         raise ClipJaxError("Tokens have both uncond and zero_uncond: expected one of them.")
     if len(batches := {rows.shape[0] for rows in tokens.cond.values()}) > 1:
         raise ClipJaxError(f"Expected one batch of token ids in all towers, found the sizes {sorted(batches)}.")
+    if 0 in batches:
+        raise ClipJaxError("Token ids have no rows; expected at least one prompt.")
     if compute_dtype is None:
         compute_dtype = jnp.result_type(*(_embedding_dtype(tower, params[tower.name]) for tower in family.towers))
     dtype = dtype or compute_dtype

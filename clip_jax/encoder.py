@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -24,9 +25,9 @@ from clip_jax.params.cast import float_dtype
 from clip_jax.params.checkpoint import CheckpointMetadata, write_checkpoint
 from clip_jax.params.quantize import scheme_of, split
 from clip_jax.params.shapes import flatten, layer_groups
-from clip_jax.params.shard import sharded_rows
+from clip_jax.params.shard import is_on, sharded_rows
 from clip_jax.program import PLATFORMS, export_programs
-from clip_jax.structs import TextEmbeddings, Tokens
+from clip_jax.structs import TextEmbeddings, Tokens, is_traced
 from clip_jax.tokenize import check_max_sequence_length, tokenize
 from clip_jax.tokenizers import Overflow, RowTokenizer
 
@@ -62,7 +63,6 @@ class TextEncoder:
         cache_bytes: int = CACHE_BYTES,
     ) -> None:
         self.family = family
-        self.params = params
         self.tokenizers = dict(tokenizers)
         self.dtype = float_dtype(dtype)
         self.provenance = provenance or {}
@@ -71,6 +71,22 @@ class TextEncoder:
             raise ClipJaxError(f"cache_bytes must be an int of 0 or more, found {cache_bytes!r}.")
         self.cache = EmbeddingCache(cache_bytes) if cache_bytes else None
         self._frozen: FrozenPrograms | None = None
+        self.params = params
+
+    @property
+    def params(self) -> Params:
+        """Plain nested dict with one entry per tower; quantised leaves are `qwix.QArray`s."""
+        return self._params
+
+    @params.setter
+    def params(self, params: Params) -> None:
+        self._params = params
+        state = self._state(params)  # lets go of frozen programs
+        if self.cache is not None:  # at once, for it would hold the old ones until the next call
+            self.cache.renew(params, state)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_frozen": None}
 
     @property
     def config(self) -> dict[str, TowerConfig]:
@@ -125,8 +141,9 @@ class TextEncoder:
             # The same call as before: no tokens are needed to know what it returns.
             prompts = (prompt, negative_prompt, prompt_2, prompt_3, negative_prompt_2, negative_prompt_3)
             call = call_key(prompts, guidance, clip_skip, clip_skip_negative, max_sequence_length)
-            generation = self.cache.renew(self.params, self._state())
-            if call is not None and (found := self.cache.get(call)) is not None:
+            params = self.params
+            generation = self.cache.renew(params, self._state(params))
+            if call is not None and (found := self.cache.get(call, generation)) is not None:
                 return found
         tokens = self.tokenize(
             prompt,
@@ -190,9 +207,11 @@ class TextEncoder:
         skips = (clip_skip_negative, clip_skip)
         for tower in self.family.towers:  # also where nothing is to be computed
             layers_taken(self.family, tower, *skips)
+        params = self.params  # once: another thread may exchange them meanwhile
+        run = functools.partial(self._run, params)
         if self.cache is None or self.batch_sharding is not None or intercepted() or not on_host(tokens, self.config):
-            return self._run(tokens, skips)
-        return encode_cached(self.cache, self.cache.renew(self.params, self._state()), tokens, skips, self._run)
+            return run(tokens, skips)
+        return encode_cached(self.cache, self.cache.renew(params, self._state(params)), tokens, skips, run)
 
     def warmup(
         self,
@@ -231,7 +250,7 @@ class TextEncoder:
             raise ClipJaxError(f"batch_sizes must be positive ints, found {batch_sizes!r}.")
         if freeze and intercepted():
             raise ClipJaxError("freeze is not for nn.intercept_methods: change the params instead, and freeze those.")
-        skips = (clip_skip_negative, clip_skip)
+        params, skips = self.params, (clip_skip_negative, clip_skip)
         for size in batch_sizes:
             tokens = self.tokenize(
                 [""] * size, negative_prompt, guidance=guidance, max_sequence_length=max_sequence_length
@@ -241,49 +260,55 @@ class TextEncoder:
                 programs.append(dataclasses.replace(tokens, uncond=None))
             for program in programs:
                 if freeze:
-                    self._freeze(self._bucketed(program), skips)
-                jax.block_until_ready(self._run(program, skips))
+                    self._freeze(params, program, skips)
+                jax.block_until_ready(self._run(params, program, skips))
 
-    def _freeze(self, tokens: Tokens, skips: Skips) -> None:
-        programs = self._frozen_programs() or FrozenPrograms(self.params)
+    def _freeze(self, params: Params, tokens: Tokens, skips: Skips) -> None:
+        programs = self._frozen_programs(params) or FrozenPrograms(params)
+        tokens, skips = self._bucketed(params, tokens), _skips_of(tokens, skips)
         programs.add(lambda params, tokens: self._compute(params, tokens, skips), tokens, skips, self.dtype)
         self._frozen = programs
 
-    def _frozen_programs(self) -> FrozenPrograms | None:
-        """Those with the present params in them; others are let go of, and their memory with them."""
+    def _frozen_programs(self, params: Params) -> FrozenPrograms | None:
+        """Those with these params in them; others are let go of, and their memory with them."""
         programs = self._frozen
-        if programs is not None and not programs.are_of(self.params):
+        if programs is not None and not programs.are_of(params):
             programs = self._frozen = None
         return programs
 
-    def _run(self, tokens: Tokens, skips: Skips) -> TextEmbeddings:
-        """Encodes ids, in a bucket of batches."""
+    def _run(self, params: Params, tokens: Tokens, skips: Skips) -> TextEmbeddings:
+        """Encodes ids, in a bucket of batches; within a `jit` as they are."""
+        skips = _skips_of(tokens, skips)
+        if is_traced(tokens):
+            return self._compute(params, tokens, skips)
         batch = max((len(rows) for rows in tokens.cond.values()), default=0)
-        tokens = self._bucketed(tokens)
-        frozen = None if intercepted() else self._frozen_programs()
+        tokens = self._bucketed(params, tokens)
+        frozen = None if intercepted() else self._frozen_programs(params)
         program = frozen.find(tokens, skips) if frozen is not None else None
-        out = program(tokens) if program else self._compute(self.params, tokens, skips)
+        out = program(tokens) if program else self._compute(params, tokens, skips)
         if bucket_of(batch, BATCHES) != batch:
             out = cut_rows(out, batch)
-        if self.dtype == jnp.float16 and not all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(out)):
+        if self.dtype != jnp.float16 or is_traced(out):  # within a `jit` there is nothing to look at
+            return out
+        if not all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(out)):
             raise ClipJaxError(
                 "The embeddings overflow float16: this text encoder computes values beyond 65504. "
                 "Load it with dtype='bfloat16' or 'float32'."
             )
         return out
 
-    def _bucketed(self, tokens: Tokens) -> Tokens:
+    def _bucketed(self, params: Params, tokens: Tokens) -> Tokens:
         """Ids as they are computed with: of as many rows as a program is compiled for, where those rows belong."""
         batch = max((len(rows) for rows in tokens.cond.values()), default=0)
         tokens = self._trimmed(tokens)
         if (bucket := bucket_of(batch, BATCHES)) != batch:
             tokens = pad_rows(tokens, bucket)
-        if self.batch_sharding is not None:
-            tokens = jax.tree.map(lambda ids: sharded_rows(ids, self.batch_sharding), tokens)
+        rows = self.batch_sharding
+        if rows is not None and is_on(params, rows.mesh):
+            tokens = jax.tree.map(lambda ids: sharded_rows(ids, rows), tokens)
         return tokens
 
     def _trimmed(self, tokens: Tokens) -> Tokens:
-        """Ids on the host, less those that change nothing."""
         return without_tails(tokens, self.family)
 
     def _compute(self, params: Params, tokens: Tokens, skips: Skips) -> TextEmbeddings:
@@ -299,9 +324,9 @@ class TextEncoder:
             clip_skip=skips[1],
         )
 
-    def _state(self) -> list[object]:
+    def _state(self, params: Params) -> list[object]:
         """What embeddings depend on beside params, prompts and options."""
-        frozen = self._frozen_programs()
+        frozen = self._frozen_programs(params)
         return [*self.tokenizers.values(), self.family, self.dtype, *(frozen.programs if frozen else ())]
 
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
@@ -368,3 +393,8 @@ class TextEncoder:
             extra=extra,
             overwrite=overwrite,
         )
+
+
+def _skips_of(tokens: Tokens, skips: Skips) -> Skips:
+    """Those that count, for there to be one program: without negative prompts none of theirs."""
+    return skips if tokens.uncond is not None else (None, skips[1])

@@ -13,6 +13,7 @@ from clip_jax.embed import Params, Skips
 from clip_jax.encoder import TextEncoder
 from clip_jax.errors import CheckpointError, ClipJaxError
 from clip_jax.families import FAMILIES
+from clip_jax.models import intercepted
 from clip_jax.params import checkpoint as ckpt
 from clip_jax.program import Programs, read_programs
 from clip_jax.structs import TextEmbeddings, Tokens
@@ -32,13 +33,25 @@ class ExportedTextEncoder(TextEncoder):
         return tokens  # lengths are fixed
 
     def _compute(self, params: Params, tokens: Tokens, skips: Skips) -> TextEmbeddings:
-        made_for = self.programs.skips
-        if (tokens.uncond is not None and skips[0] != made_for[0]) or skips[1] != made_for[1]:
+        if intercepted():
             raise ClipJaxError(
-                f"The programs were exported for clip_skip={made_for[1]} and clip_skip_negative={made_for[0]}, found "
-                f"{skips[1]} and {skips[0]}. Export again, or load the folder with `clip_jax.load`."
+                "Exported programs take no notice of nn.intercept_methods, and a LoRA would be lost: load the folder "
+                "with `clip_jax.load`."
             )
-        return self.programs(params, tokens)
+        (negative, positive), wanted = (tuple(skip or 0 for skip in pair) for pair in (self.programs.skips, skips))
+        if tokens.uncond is not None and wanted == (negative, positive):
+            return self.programs(params, tokens)
+        if tokens.uncond is None and wanted[1] == positive:
+            return self.programs(params, tokens)
+        if tokens.uncond is None and wanted[1] == negative and not tokens.zero_uncond:
+            # Negative prompts whose prompts are in the cache: only the program for both takes that layer.
+            out = self.programs(params, dataclasses.replace(tokens, uncond=tokens.cond)).uncond
+            assert out is not None
+            return out
+        raise ClipJaxError(
+            f"The programs were exported for clip_skip={positive} and clip_skip_negative={negative}, found "
+            f"{wanted[1]} and {wanted[0]}. Export again, or load the folder with `clip_jax.load`."
+        )
 
 
 def load_exported(
@@ -72,6 +85,10 @@ def load_exported(
         raise CheckpointError(
             f"{folder} was exported for {', '.join(programs.both.platforms)}, this process runs on {platform}. Export "
             f"it for that with platforms=."
+        )
+    if metadata.family not in FAMILIES:
+        raise CheckpointError(
+            f"{folder} is of family {metadata.family!r}, unknown to this clip_jax. Upgrade clip-jax-text."
         )
     whole = dataclasses.replace(FAMILIES[metadata.family], zero_negative=metadata.zero_negative)
     configs = metadata.configs

@@ -12,6 +12,11 @@ import jax.typing
 import numpy as np
 
 
+def is_traced(tree: object) -> bool:
+    """Whether a tree of arrays is that of a function which is being traced."""
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tokens:
@@ -37,7 +42,7 @@ class TextEmbeddings:
     """What the UNet or DiT is conditioned on.
 
     With guidance the first half of the rows belongs to the negative prompts, the second half to the
-    prompts, in the order in which diffusers' pipelines concatenate them.
+    prompts, in the order in which diffusers' pipelines concatenate them. A `vmap` or `scan` puts its axis before.
 
     Attributes:
         prompt_embeds: [2B, L, D] with guidance, [B, L, D] without.
@@ -54,18 +59,18 @@ class TextEmbeddings:
     @property
     def uncond(self) -> TextEmbeddings | None:
         """The unconditional half, [B, L, D]; None without guidance."""
-        return self._half(slice(None, self.prompt_embeds.shape[0] // 2)) if self.guidance else None
+        return self._half(slice(None, self.prompt_embeds.shape[-3] // 2)) if self.guidance else None
 
     @property
     def cond(self) -> TextEmbeddings:
         """The conditional half, [B, L, D]."""
-        return self._half(slice(self.prompt_embeds.shape[0] // 2, None)) if self.guidance else self
+        return self._half(slice(self.prompt_embeds.shape[-3] // 2, None)) if self.guidance else self
 
     def _half(self, rows: slice) -> TextEmbeddings:
         pooled = self.pooled_prompt_embeds
         return TextEmbeddings(
-            prompt_embeds=self.prompt_embeds[rows],
-            pooled_prompt_embeds=None if pooled is None else pooled[rows],
+            prompt_embeds=self.prompt_embeds[..., rows, :, :],
+            pooled_prompt_embeds=None if pooled is None else pooled[..., rows, :],
             text_ids=self.text_ids,
             guidance=False,
         )

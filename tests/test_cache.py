@@ -1,7 +1,11 @@
 """The cache of embeddings: what is computed, what is not, and that no answer is an old one."""
 
+import copy
 import dataclasses
+import gc
+import pickle
 import threading
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +13,7 @@ import numpy as np
 import pytest
 
 import clip_jax
+from clip_jax import cache
 from clip_jax.cache import EmbeddingCache
 from clip_jax.structs import TextEmbeddings
 from tests.checkpoints import write_family
@@ -27,9 +32,9 @@ def cached(loaded, monkeypatch):
     computed = []
     run = encoder._run
 
-    def counted(tokens, skips):
+    def counted(params, tokens, skips):
         computed.append(tuple(len(side["clip_l"]) if side else 0 for side in (tokens.uncond, tokens.cond)))
-        return run(tokens, skips)
+        return run(params, tokens, skips)
 
     monkeypatch.setattr(encoder, "_run", counted)
     return encoder, computed
@@ -204,18 +209,22 @@ def entry(size):
 def test_the_least_recently_used_goes_first():
     cache = EmbeddingCache(1000)
     generation = cache.renew({})
+
+    def get(key):
+        return cache.get(key, generation)
+
     for key in "abc":
         cache.put(key, entry(400), generation)
-    assert cache.get("a") is None
-    assert cache.get("b") is not None
+    assert get("a") is None
+    assert get("b") is not None
     cache.put("d", entry(400), generation)
-    assert cache.get("c") is None
-    assert cache.get("b") is not None
+    assert get("c") is None
+    assert get("b") is not None
     cache.put("d", entry(800), generation)
     assert (cache.stats().nbytes, cache.stats().entries) == (800, 1)
     cache.put("e", entry(1200), generation)
-    assert cache.get("e") is None
-    assert cache.get("d") is not None
+    assert get("e") is None
+    assert get("d") is not None
 
 
 def test_what_was_computed_for_another_state_is_not_kept():
@@ -223,8 +232,9 @@ def test_what_was_computed_for_another_state_is_not_kept():
     generation = cache.renew({"a": one})
     cache.renew({"a": other})
     cache.put("a", entry(100), generation)
-    assert cache.get("a") is None
-    assert cache.renew({"a": other}) != generation
+    renewed = cache.renew({"a": other})
+    assert cache.get("a", renewed) is None
+    assert renewed != generation
 
 
 def test_threads_share_it(cached, uncached):
@@ -249,3 +259,79 @@ def test_threads_share_it(cached, uncached):
     stats = encoder.cache.stats()
     assert stats.entries == 11
     assert stats.nbytes == sum(size for _, size in encoder.cache._entries.values())
+
+
+def test_what_was_donated_is_computed_again(cached):
+    encoder, _ = cached
+    out = encoder("a cat", guidance=True, negative_prompt="blurry")
+    wanted = np.array(out.prompt_embeds)
+    jax.jit(lambda x: x * 2, donate_argnums=0)(out.prompt_embeds)
+    again = encoder("a cat", guidance=True, negative_prompt="blurry")
+    np.testing.assert_array_equal(again.prompt_embeds, wanted)
+
+
+def test_an_entry_of_another_state_is_not_found():
+    cache = EmbeddingCache(1000)
+    generation = cache.renew({"a": object()})
+    cache.put("a", entry(100), generation)
+    assert cache.get("a", generation) is not None
+    assert cache.get("a", generation - 1) is None
+
+
+def test_the_order_of_towers_does_not_matter(cached, uncached):
+    encoder, _ = cached
+    tokens = encoder.tokenize("cat " * 75, prompt_2="dog " * 75, guidance=False)
+    swapped = encoder.tokenize("dog " * 75, prompt_2="cat " * 75, guidance=False)
+    for each in (tokens, dataclasses.replace(swapped, cond=dict(reversed(swapped.cond.items())))):
+        jax.tree.map(np.testing.assert_array_equal, encoder.encode(each), uncached.encode(each))
+
+
+def test_params_that_are_replaced_are_let_go_of_at_once(loaded):
+    encoder = clip_jax.TextEncoder(loaded.family, jax.tree.map(jnp.copy, loaded.params), loaded.tokenizers)
+    encoder("a cat")
+    old = [weakref.ref(leaf) for leaf in jax.tree.leaves(encoder.params)]
+    encoder.params = loaded.params
+    gc.collect()
+    assert not any(ref() is not None for ref in old)
+
+
+def test_one_call_computes_with_one_set_of_params(loaded, monkeypatch):
+    """Another thread exchanges them while the first of two programs runs; they are back before the next call."""
+    encoder = clip_jax.TextEncoder(loaded.family, loaded.params, loaded.tokenizers)
+    other = jax.tree.map(lambda leaf: leaf * 2, loaded.params)
+    compute, kept = encoder._compute, encoder.params
+
+    def exchanged(params, *arguments):
+        encoder.params = other
+        out = compute(params, *arguments)
+        encoder.params = kept
+        return out
+
+    options = {"guidance": True, "negative_prompt": ["blurry", "low"]}
+    wanted = clip_jax.TextEncoder(loaded.family, loaded.params, loaded.tokenizers)(["a", "b"], **options)
+    monkeypatch.setattr(encoder, "_compute", exchanged)
+    jax.tree.map(np.testing.assert_array_equal, encoder(["a", "b"], **options), wanted)
+    monkeypatch.undo()
+    jax.tree.map(np.testing.assert_array_equal, encoder(["a", "b"], **options), wanted)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda encoder: pickle.loads(pickle.dumps(encoder))])
+def test_a_copy_has_an_empty_cache_of_the_same_size(loaded, copied):
+    encoder = clip_jax.TextEncoder(loaded.family, loaded.params, loaded.tokenizers, cache_bytes=2**20)
+    wanted = encoder("a cat")
+    found = copied(encoder)
+    assert (found.cache.stats().entries, found.cache.stats().max_bytes) == (0, 2**20)
+    jax.tree.map(np.testing.assert_array_equal, found("a cat"), wanted)
+
+
+def test_rows_of_many_calls_are_joined_by_few_programs(loaded):
+    encoder = clip_jax.TextEncoder(loaded.family, loaded.params, loaded.tokenizers, cache_bytes=2**30)
+    prompts = [f"{number} cats" for number in range(70)]
+    wanted = encoder(prompts, guidance=False)
+    again = encoder(prompts[::-1], guidance=False)
+    np.testing.assert_array_equal(again.prompt_embeds, wanted.prompt_embeds[::-1])
+    np.testing.assert_array_equal(again.pooled_prompt_embeds, wanted.pooled_prompt_embeds[::-1])
+    before = cache._concatenated._cache_size()
+    for number in (64, 48, 32):  # whole groups: of what is there already
+        encoder(prompts[:number][::-1], guidance=False)
+    assert cache._concatenated._cache_size() <= before + 3  # the groups, of 4, 3 and 2

@@ -179,8 +179,20 @@ def test_ids_of_different_shapes_are_refused(encoder, tokens):
 
 
 def test_embeddings_are_a_pytree():
-    whole = TextEmbeddings(prompt_embeds=jnp.arange(8.0).reshape(4, 2), pooled_prompt_embeds=jnp.arange(4.0))
+    whole = TextEmbeddings(
+        prompt_embeds=jnp.arange(8.0).reshape(4, 1, 2), pooled_prompt_embeds=jnp.arange(4.0)[:, None]
+    )
     doubled = jax.tree.map(lambda x: 2 * x, whole)
-    np.testing.assert_array_equal(doubled.uncond.pooled_prompt_embeds, [0, 2])
-    np.testing.assert_array_equal(doubled.cond.prompt_embeds, [[8, 10], [12, 14]])
+    np.testing.assert_array_equal(doubled.uncond.pooled_prompt_embeds, [[0], [2]])
+    np.testing.assert_array_equal(doubled.cond.prompt_embeds, [[[8, 10]], [[12, 14]]])
     assert jax.jit(lambda e: e.cond)(whole).guidance is False
+
+
+def test_halves_of_mapped_embeddings_are_those_of_each():
+    whole = TextEmbeddings(
+        prompt_embeds=jnp.arange(24.0).reshape(3, 4, 1, 2), pooled_prompt_embeds=jnp.arange(12.0).reshape(3, 4, 1)
+    )
+    for half in ("cond", "uncond"):
+        each = jax.vmap(lambda e, half=half: getattr(e, half))(whole)
+        jax.tree.map(np.testing.assert_array_equal, getattr(whole, half), each)
+    assert whole.cond.prompt_embeds.shape == (3, 2, 1, 2)

@@ -1,9 +1,11 @@
 """An exported encoder computes what the one did that it was made from, without the modules."""
 
 import json
+import shutil
 import subprocess
 import sys
 
+import flax.linen as nn
 import jax
 import numpy as np
 import pytest
@@ -116,3 +118,33 @@ def test_other_platforms_are_refused(pair, tmp_path):
     with pytest.raises(ClipJaxError, match="platforms must be among cpu, cuda, tpu, rocm, found abacus"):
         pair[0].export(tmp_path / "out", platforms=["abacus"], **options(pair[0]))
     assert not (tmp_path / "out").exists()
+
+
+def test_layers_are_those_of_then_for_whatever_the_cache_lacks(tiny_sd15, tmp_path):
+    encoder = clip_jax.load(tiny_sd15, family="sd15", cache_bytes=0)
+    encoder.export(tmp_path / "out", clip_skip=1)
+    found = clip_jax.load_exported(tmp_path / "out")
+    for prompt, negative in (("a", "b"), ("a", "c"), ("d", "c"), (["a", "e"], "f")):
+        np.testing.assert_allclose(
+            found(prompt, negative_prompt=negative, clip_skip=1).prompt_embeds,
+            encoder(prompt, negative_prompt=negative, clip_skip=1).prompt_embeds,
+            atol=1e-5,
+        )
+    found("a", clip_skip=1, clip_skip_negative=0)
+    with pytest.raises(ClipJaxError, match="exported for clip_skip=1 and clip_skip_negative=0, found 0 and 0"):
+        found("x", negative_prompt="y")
+
+
+def test_interceptors_are_refused(pair, exported):
+    message = "take no notice of nn.intercept_methods, and a LoRA would be lost"
+    interceptor = nn.intercept_methods(lambda call, args, kwargs, context: call(*args, **kwargs))
+    with interceptor, pytest.raises(ClipJaxError, match=message):
+        exported("a cat", **options(exported))
+
+
+def test_an_unknown_family_is_told(pair, tmp_path):
+    folder = shutil.copytree(pair[1], tmp_path / "later")
+    facts = folder / "_CHECKPOINT_METADATA"
+    facts.write_text(facts.read_text().replace(f'"{pair[0].family.name}"', '"later"'))
+    with pytest.raises(CheckpointError, match="is of family 'later', unknown to this clip_jax. Upgrade"):
+        clip_jax.load_exported(folder)

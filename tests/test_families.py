@@ -484,6 +484,22 @@ def test_long_clip_without_a_tokenizer_takes_all_its_positions(tmp_path):
     assert encoder(" ".join(["cat"] * 200)).prompt_embeds.shape == (2, 248, L)
 
 
+@pytest.mark.parametrize("name", ["sdxl", "flux"])
+def test_encode_goes_within_a_jit(folders, name):
+    encoder = clip_jax.load(folders[name], dtype="float16")
+    tokens = encoder.tokenize(["a", "b", "c"])
+    wanted = encoder.encode(tokens)
+    for ours, theirs in zip(jax.tree.leaves(jax.jit(encoder.encode)(tokens)), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(ours.astype(jnp.float32), theirs.astype(jnp.float32), atol=2e-2)
+
+
+def test_no_prompts_are_an_error(folders):
+    encoder = clip_jax.load(folders["sdxl"])
+    tokens = jax.tree.map(lambda ids: ids[:0], encoder.tokenize("a"))
+    with pytest.raises(ClipJaxError, match="Token ids have no rows; expected at least one prompt"):
+        text_embeddings(encoder.params, tokens, family=encoder.family)
+
+
 def test_time_ids():
     ids = clip_jax.time_ids((1024, 768), (0, 16), (512, 640), rows=4)
     assert ids.shape == (4, 6)

@@ -138,6 +138,15 @@ def test_other_calls_go_as_before(encoder):
     same(mine("a cat", clip_skip=1), encoder("a cat", clip_skip=1), atol=1e-5)
 
 
+def test_skipped_layers_of_negatives_do_not_matter_to_prompts_alone(encoder):
+    mine = another(encoder, cache_bytes=2**20)
+    mine.warmup(freeze=True, clip_skip_negative=1)
+    assert len(programs(mine)) == 2
+    mine("a cat", negative_prompt="blurry", clip_skip_negative=1)
+    mine._compute = None  # nothing but the frozen programs is left
+    mine("a dog", negative_prompt="blurry", clip_skip_negative=1)
+
+
 def test_interceptors_are_heeded(encoder):
     mine = another(encoder)
     mine.warmup(freeze=True)

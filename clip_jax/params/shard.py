@@ -104,6 +104,12 @@ def over_auto_axes(sharding: Sharding) -> Sharding:
     return NamedSharding(_auto(sharding.mesh), sharding.spec, memory_kind=sharding.memory_kind)
 
 
+def is_on(params: Mapping[str, object], mesh: Mesh | AbstractMesh) -> bool:
+    """Whether params are on that mesh; they may have been moved since it was named."""
+    sharding = getattr(jax.tree.leaves(params)[0], "sharding", None)
+    return isinstance(sharding, NamedSharding) and sharding.mesh == mesh
+
+
 def device_bytes(configs: Mapping[str, TowerConfig], shardings: Shardings, dtype: jax.typing.DTypeLike) -> int:
     """Bytes of params on each device, for towers that are loaded in `dtype`."""
     kept = float_dtype(dtype)

@@ -68,6 +68,7 @@ def main(sources: Path) -> None:
         }
     one = encode(encoders["clip, both"], PROMPTS[:1])
     results["one prompt"] = {"error": largest_error(one, reference(sources / "sd15.npz", 1))}
+    results["moved"] = moved(sources)
     results["saved"] = saved(encoders["flux, both"], whole["flux"], sources / "saved")
     results["low"] = low(sources, whole["flux"])
     results["quantized"] = {name: quantized(sources / "sd15", name) for name in SCHEMES}
@@ -100,6 +101,13 @@ def reference(path: Path, size: int) -> dict[str, np.ndarray]:
     arrays = dict(np.load(path))
     rows = {name: array.reshape(-1, len(PROMPTS), *array.shape[1:])[:, :size] for name, array in arrays.items()}
     return {name: array.reshape(-1, *array.shape[2:]) for name, array in rows.items()}
+
+
+def moved(sources: Path) -> float:
+    """Params that were on a mesh, on one device: rows, which would divide, go there too."""
+    encoder = clip_jax.load(sources / "sd15", family="sd15", mesh=mesh_of({"data": 2, "tensor": 4}), cache_bytes=0)
+    encoder.params = jax.device_put(encoder.params, jax.devices()[3])
+    return largest_error(encode(encoder, PROMPTS[:2]), reference(sources / "sd15.npz", 2))
 
 
 def saved(encoder: clip_jax.TextEncoder, whole: Any, path: Path) -> dict[str, bool]:

@@ -140,6 +140,10 @@ def test_flax_rules_shard_the_drop_in_classes(devices, tower, config):
     assert max(found["bytes"]) <= tables / 2 + kernels / 8 + rest
 
 
+def test_params_may_leave_the_mesh(devices):
+    assert devices["moved"] <= TOLERANCE
+
+
 def test_params_of_a_wrapper_go_to_a_mesh_and_back(devices):
     found = devices["compat"]["placed"]
     assert found["devices"] == [8, 1]
