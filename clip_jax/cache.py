@@ -57,11 +57,8 @@ class EmbeddingCache:
         self._others: list[object] = []
         self._generation = 0
 
-    def __getstate__(self) -> dict[str, int]:
-        return {"max_bytes": self.max_bytes}
-
-    def __setstate__(self, state: dict[str, int]) -> None:
-        self.__init__(**state)  # type: ignore[misc]
+    def __reduce__(self) -> tuple[type[EmbeddingCache], tuple[int]]:
+        return EmbeddingCache, (self.max_bytes,)  # a copy is empty
 
     def renew(self, params: Params, others: Iterable[object] = ()) -> int:
         """Forgets everything unless params and others are the very objects that they were at the last call.
@@ -250,7 +247,7 @@ def _row(embeddings: TextEmbeddings, row: jax.Array) -> TextEmbeddings:
 
 def _joined(rows: Sequence[TextEmbeddings], *, zeros: bool, guidance: bool) -> TextEmbeddings:
     """Rows one after the other, after as many rows of zeros if there are to be such."""
-    # A few at a time: a program that joined any number would be compiled for each number, and slowly for large ones.
+    # A few at a time: each number of rows is another program, and one that joins hundreds takes seconds to compile.
     while len(rows) > 1:
         rows = [_concatenated(rows[start : start + _FEW]) for start in range(0, len(rows), _FEW)]
     (whole,) = rows

@@ -12,7 +12,7 @@ from clip_jax.cache import CACHE_BYTES
 from clip_jax.embed import Params, Skips
 from clip_jax.encoder import TextEncoder
 from clip_jax.errors import CheckpointError, ClipJaxError
-from clip_jax.families import FAMILIES
+from clip_jax.families import stored_family
 from clip_jax.models import intercepted
 from clip_jax.params import checkpoint as ckpt
 from clip_jax.program import Programs, read_programs
@@ -86,15 +86,9 @@ def load_exported(
             f"{folder} was exported for {', '.join(programs.both.platforms)}, this process runs on {platform}. Export "
             f"it for that with platforms=."
         )
-    if metadata.family not in FAMILIES:
-        raise CheckpointError(
-            f"{folder} is of family {metadata.family!r}, unknown to this clip_jax. Upgrade clip-jax-text."
-        )
-    whole = dataclasses.replace(FAMILIES[metadata.family], zero_negative=metadata.zero_negative)
     configs = metadata.configs
-    family = whole.without({tower.name for tower in whole.towers} - configs.keys())
     encoder = ExportedTextEncoder(
-        family.with_configs(configs),
+        stored_family(metadata, folder),
         ckpt.read_params(folder, ckpt.stored_specs(folder), None, scheme=metadata.scheme, progress=progress),
         {tower: read_tokenizer(config, ckpt.tokenizer_folder(folder, tower)) for tower, config in configs.items()},
         dtype=programs.dtype,

@@ -25,7 +25,7 @@ from clip_jax.convert.layouts import Projection
 from clip_jax.convert.resolve import SourceLike, resolve_all
 from clip_jax.encoder import TextEncoder
 from clip_jax.errors import CheckpointError, ClipJaxError
-from clip_jax.families import FAMILIES, Family
+from clip_jax.families import Family, stored_family
 from clip_jax.params import cast
 from clip_jax.params import checkpoint as ckpt
 from clip_jax.params.quantize import PLAIN, Scheme, scheme_called
@@ -359,13 +359,7 @@ def _open(
 def _open_converted(path: Path, family: str | None, without: set[str]) -> _Converted:
     metadata = ckpt.read_metadata(path)
     _check_family(str(path), metadata.family, family)
-    if metadata.family not in FAMILIES:
-        raise CheckpointError(
-            f"{path} is of family {metadata.family!r}, unknown to this clip_jax. Upgrade clip-jax-text."
-        )
-    whole = dataclasses.replace(FAMILIES[metadata.family], zero_negative=metadata.zero_negative)
-    absent = {tower.name for tower in whole.towers} - metadata.configs.keys()
-    return _Converted(path, whole.without(without | absent).with_configs(metadata.configs), metadata)
+    return _Converted(path, stored_family(metadata, path, without), metadata)
 
 
 def _check_family(source: str, found: str, wanted: str | None) -> None:

@@ -12,7 +12,7 @@ import clip_jax
 from clip_jax import CheckpointError, ClipJaxError, ConfigError
 from clip_jax.compat import CLIPTextEncoder, FlaxCLIPTextModel, FlaxCLIPTextModelWithProjection, FlaxT5EncoderModel
 from clip_jax.params.shapes import flatten
-from tests.checkpoints import digests, load_as_sd15
+from tests.checkpoints import TINY, digests, hf_state, load_as_sd15, write_clip_model, write_text_encoder
 from tests.compat.conftest import IDS, SMALL, SMALL_PROJECTED
 
 
@@ -150,3 +150,15 @@ def test_callables_take_ids_and_return_arrays(pipeline, clip):
     assert clip_jax.compat.T5TextEncoder.from_pretrained(str(pipeline), subfolder="text_encoder_3")(
         IDS % 9000, np.ones_like(IDS)
     ).shape == (2, 9, 104)
+
+
+def test_the_text_half_of_a_whole_clip_is_called_with_a_mask(tmp_path):
+    """As FlaxDiff does."""
+    write_clip_model(tmp_path / "whole", TINY, hf_state(TINY))
+    write_text_encoder(tmp_path / "half", TINY.to_hf(), hf_state(TINY))
+    ids = np.array([[49406, 320, 2368, 49407, 49407]])
+    outputs = [
+        FlaxCLIPTextModel.from_pretrained(tmp_path / name)(input_ids=ids, attention_mask=np.ones_like(ids))
+        for name in ("whole", "half")
+    ]
+    np.testing.assert_array_equal(outputs[0].last_hidden_state, outputs[1].last_hidden_state)
