@@ -1,4 +1,4 @@
-"""Takes turns: one call of each worker after the other, so that drift of the machine hits all alike."""
+"""Takes turns: a few calls of each worker after the other, so that drift of the machine hits all alike."""
 
 from __future__ import annotations
 
@@ -18,19 +18,22 @@ class Turns(NamedTuple):
     """What a few rounds of turns gave, by the names of the workers.
 
     Attributes:
-        ms: Of each call that counts, in order.
+        ms: Of each warm call that counts, in order.
+        after_pause_ms: Of the call before each of them, the first one after a pause.
         peak_rss_mib: Of each worker's process.
         other_cores: How many cores other processes took meanwhile, on average.
     """
 
     ms: dict[str, list[float]]
+    after_pause_ms: dict[str, list[float]]
     peak_rss_mib: dict[str, int]
     other_cores: float
 
 
 def take_turns(workers: Sequence[Worker], repeats: int) -> Turns:
-    """Calls each worker `repeats` times in turn, after a warm-up that does not count."""
+    """Gives each worker `repeats` turns, after a warm-up that does not count."""
     ms: dict[str, list[float]] = {worker.name: [] for worker in workers}
+    after_pause_ms: dict[str, list[float]] = {worker.name: [] for worker in workers}
     peaks: dict[str, int] = {}
     wall = cpu = busy = 0.0
     for turn in range(WARMUP + repeats):
@@ -44,4 +47,5 @@ def take_turns(workers: Sequence[Worker], repeats: int) -> Turns:
             peaks[worker.name] = sample["peak_rss_mib"]
             if turn >= WARMUP:
                 ms[worker.name].append(sample["ms"])
-    return Turns(ms, peaks, round(max(0.0, (busy - cpu) / wall), 2))
+                after_pause_ms[worker.name].append(sample["after_pause_ms"])
+    return Turns(ms, after_pause_ms, peaks, round(max(0.0, (busy - cpu) / wall), 2))

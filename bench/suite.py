@@ -101,6 +101,7 @@ class _Run:
     def __init__(self, case: Case, reference: Arrays, shop: Workshop) -> None:
         self.case, self.reference, self.shop = case, reference, shop
         self.samples: dict[str, list[float]] = {}
+        self.after_pause: dict[str, list[float]] = {}
         self.entries: dict[str, Message] = {}
         self.ratios: dict[str, dict[str, Message]] = {}
         self.left_out: dict[str, str] = {}
@@ -131,6 +132,7 @@ class _Run:
         self.noise = max(self.noise, turns.other_cores)
         for worker in workers:
             self.samples.setdefault(worker.name, []).extend(turns.ms[worker.name])
+            self.after_pause.setdefault(worker.name, []).extend(turns.after_pause_ms[worker.name])
             self.entries[worker.name]["peak_rss_mib"] = turns.peak_rss_mib[worker.name]
         for one in ours:
             ratios = self.ratios.setdefault(one.name, {})
@@ -145,7 +147,8 @@ class _Run:
 
     def result(self) -> dict[str, Any]:
         for name, entry in self.entries.items():
-            entry["ms"] = {**summary(self.samples[name]), "samples": self.samples[name]}
+            for key, samples in (("ms", self.samples[name]), ("after_pause_ms", self.after_pause[name])):
+                entry[key] = {**summary(samples), "samples": samples}
         return {
             **self.case._asdict(),
             "other_cores": self.noise,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-SCHEMA = 3
+SCHEMA = 4
 
 _Json = Mapping[str, Any]
 
@@ -114,9 +114,9 @@ def number(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
-def _spread(scale: float) -> _Cell:
+def _spread(scale: float, field: str = "ms") -> _Cell:
     def cell(row: _Row) -> str:
-        median, q1, q3 = (number(row.entry["ms"][key] * scale) for key in ("median", "q1", "q3"))
+        median, q1, q3 = (number(row.entry[field][key] * scale) for key in ("median", "q1", "q3"))
         return f"{median} ({q1} to {q3})"
 
     return cell
@@ -157,6 +157,7 @@ _NAME = ("contender", "---", lambda row: row.name)
 _RATIO = ("ratio", "---:", _ratio(""))  # stands for one or more: `_expanded`
 _RELATIVE = ("relative error", "---:", _error("relative", ".1e"))
 _PEAK = ("peak, MiB", "---:", _field("peak_rss_mib"))
+_AFTER_PAUSE = ("after a pause, ms", "---:", _spread(1, "after_pause_ms"))
 _FIRST = ("first call, s", "---:", _field("first_call_s"))
 
 _COLUMNS: dict[str, list[_Column]] = {
@@ -168,13 +169,14 @@ _COLUMNS: dict[str, list[_Column]] = {
         ("ms", "---:", _spread(1)),
         _RATIO,
         ("prompts/s", "---:", _throughput),
+        _AFTER_PAUSE,
         _RELATIVE,
         ("least cosine", "---:", _error("min_cosine", ".5f")),
         _FIRST,
         _PEAK,
         ("of the ceiling", "---:", _share),
     ],
-    "compat": [_PRESET, _NAME, ("ms", "---:", _spread(1)), _RATIO, _FIRST, _PEAK, _RELATIVE],
+    "compat": [_PRESET, _NAME, ("ms", "---:", _spread(1)), _RATIO, _AFTER_PAUSE, _FIRST, _PEAK, _RELATIVE],
     "cold": [
         _PRESET,
         _NAME,

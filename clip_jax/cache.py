@@ -135,22 +135,29 @@ class EmbeddingCache:
 
 def call_key(prompts: Sequence[object], *options: Hashable) -> Hashable | None:
     """What a whole call is known by; None where it is no call that could succeed."""
-    frozen = [tuple(given) if isinstance(given, list) else given for given in prompts]
+    frozen = [
+        given if given is None or isinstance(given, str) or not isinstance(given, Sequence) else tuple(given)
+        for given in prompts
+    ]
     try:
-        hash(key := (*frozen, *options))
+        hash(key := (*frozen, *options, *map(type, options)))  # True equals 1, but is no number of layers
     except TypeError:
         return None
     return key
 
 
 def on_host(tokens: Tokens, towers: Collection[str]) -> bool:
-    """Whether rows can be looked up: these are ids of numpy, one row for every prompt, for all of the towers."""
+    """Whether rows can be looked up: these are ids of numpy, one row for every prompt, for all of the towers.
+
+    What they are not, `text_embeddings` refuses or encodes.
+    """
     sides = [side for side in (tokens.uncond, tokens.cond) if side is not None]
     arrays = [ids for side in sides for ids in side.values()]
     return (
         all(side.keys() == set(towers) for side in sides)
         and all(isinstance(ids, np.ndarray) and ids.ndim == 2 for ids in arrays)
         and len({len(ids) for ids in arrays}) == 1
+        and all(len({side[tower].shape for side in sides}) == 1 for tower in towers)
         and not (tokens.zero_uncond and tokens.uncond is not None)
     )
 
@@ -194,6 +201,12 @@ def encode_cached(
     if whole:
         return out
     return _joined([rows[key] for key in order], zeros=tokens.zero_uncond, guidance=tokens.zero_uncond or len(keys) > 1)
+
+
+def prepare(embeddings: TextEmbeddings, *, zeros: bool) -> None:
+    """Compiles what takes rows out of such a result, and joins as many again; `zeros`: its unconditional ones are."""
+    rows = _split(embeddings.cond if zeros else embeddings)
+    jax.block_until_ready(_joined(rows, zeros=zeros, guidance=embeddings.guidance))
 
 
 def _keys(skip: int | None, side: dict[str, np.ndarray | jax.Array], tokens: Tokens) -> list[Hashable]:

@@ -175,6 +175,11 @@ def layers_taken(family: Family, tower: Tower, *skips: int | None) -> list[int]:
     return layers
 
 
+def skips_of(tokens: Tokens, skips: Skips) -> Skips:
+    """Those that count, for there to be one program: without negative prompts none of theirs."""
+    return skips if tokens.uncond is not None else (None, skips[1])
+
+
 def _embedding_dtype(tower: Tower, params: Params) -> jnp.dtype:
     """That of the positions: norms, and T5's `wo`, may be kept in a wider one, and quantised params have their own."""
     if isinstance(tower.config, ClipTextConfig):

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import jax.typing
 
 from clip_jax.buckets import BATCHES, bucket_of, cut_rows, pad_rows, without_tails
-from clip_jax.cache import CACHE_BYTES, EmbeddingCache, call_key, encode_cached, on_host
+from clip_jax.cache import CACHE_BYTES, EmbeddingCache, call_key, encode_cached, on_host, prepare
 from clip_jax.config import TowerConfig
-from clip_jax.embed import Params, Skips, layers_taken, text_embeddings
+from clip_jax.embed import Params, Skips, layers_taken, skips_of, text_embeddings
 from clip_jax.errors import ClipJaxError
 from clip_jax.families import Family
 from clip_jax.frozen import FrozenPrograms
@@ -26,6 +26,7 @@ from clip_jax.params.checkpoint import CheckpointMetadata, write_checkpoint
 from clip_jax.params.quantize import scheme_of, split
 from clip_jax.params.shapes import flatten, layer_groups
 from clip_jax.params.shard import is_on, sharded_rows
+from clip_jax.params.snapshot import immutable
 from clip_jax.program import PLATFORMS, export_programs
 from clip_jax.structs import TextEmbeddings, Tokens, is_traced
 from clip_jax.tokenize import check_max_sequence_length, tokenize
@@ -75,12 +76,15 @@ class TextEncoder:
 
     @property
     def params(self) -> Params:
-        """Plain nested dict with one entry per tower; quantised leaves are `qwix.QArray`s."""
+        """Plain nested dict with one entry per tower; quantised leaves are `qwix.QArray`s.
+
+        Others may be set; what is NumPy's of those is copied to the default device then.
+        """
         return self._params
 
     @params.setter
     def params(self, params: Params) -> None:
-        self._params = params
+        self._params = params = immutable(params)
         state = self._state(params)  # lets go of frozen programs
         if self.cache is not None:  # at once, for it would hold the old ones until the next call
             self.cache.renew(params, state)
@@ -185,6 +189,7 @@ class TextEncoder:
             overflow=overflow,
         )
 
+    @jax.transfer_guard_host_to_device("allow")  # ids come from there
     def encode(
         self,
         tokens: Tokens,
@@ -213,6 +218,7 @@ class TextEncoder:
             return run(tokens, skips)
         return encode_cached(self.cache, self.cache.renew(params, self._state(params)), tokens, skips, run)
 
+    @jax.transfer_guard_host_to_device("allow")
     def warmup(
         self,
         batch_sizes: Sequence[int] = (1,),
@@ -261,11 +267,13 @@ class TextEncoder:
             for program in programs:
                 if freeze:
                     self._freeze(params, program, skips)
-                jax.block_until_ready(self._run(params, program, skips))
+                out = jax.block_until_ready(self._run(params, program, skips))
+                if self.cache is not None and self.batch_sharding is None:
+                    prepare(out, zeros=program.zero_uncond)
 
     def _freeze(self, params: Params, tokens: Tokens, skips: Skips) -> None:
         programs = self._frozen_programs(params) or FrozenPrograms(params)
-        tokens, skips = self._bucketed(params, tokens), _skips_of(tokens, skips)
+        tokens, skips = self._bucketed(params, tokens), skips_of(tokens, skips)
         programs.add(lambda params, tokens: self._compute(params, tokens, skips), tokens, skips, self.dtype)
         self._frozen = programs
 
@@ -278,7 +286,7 @@ class TextEncoder:
 
     def _run(self, params: Params, tokens: Tokens, skips: Skips) -> TextEmbeddings:
         """Encodes ids, in a bucket of batches; within a `jit` as they are."""
-        skips = _skips_of(tokens, skips)
+        skips = skips_of(tokens, skips)
         if is_traced(tokens):
             return self._compute(params, tokens, skips)
         batch = max((len(rows) for rows in tokens.cond.values()), default=0)
@@ -290,7 +298,7 @@ class TextEncoder:
             out = cut_rows(out, batch)
         if self.dtype != jnp.float16 or is_traced(out):  # within a `jit` there is nothing to look at
             return out
-        if not all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(out)):
+        if not all(jax.device_get([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(out)])):
             raise ClipJaxError(
                 "The embeddings overflow float16: this text encoder computes values beyond 65504. "
                 "Load it with dtype='bfloat16' or 'float32'."
@@ -300,16 +308,13 @@ class TextEncoder:
     def _bucketed(self, params: Params, tokens: Tokens) -> Tokens:
         """Ids as they are computed with: of as many rows as a program is compiled for, where those rows belong."""
         batch = max((len(rows) for rows in tokens.cond.values()), default=0)
-        tokens = self._trimmed(tokens)
+        tokens = without_tails(tokens, self.family)
         if (bucket := bucket_of(batch, BATCHES)) != batch:
             tokens = pad_rows(tokens, bucket)
         rows = self.batch_sharding
         if rows is not None and is_on(params, rows.mesh):
             tokens = jax.tree.map(lambda ids: sharded_rows(ids, rows), tokens)
         return tokens
-
-    def _trimmed(self, tokens: Tokens) -> Tokens:
-        return without_tails(tokens, self.family)
 
     def _compute(self, params: Params, tokens: Tokens, skips: Skips) -> TextEmbeddings:
         """The one program."""
@@ -393,8 +398,3 @@ class TextEncoder:
             extra=extra,
             overwrite=overwrite,
         )
-
-
-def _skips_of(tokens: Tokens, skips: Skips) -> Skips:
-    """Those that count, for there to be one program: without negative prompts none of theirs."""
-    return skips if tokens.uncond is not None else (None, skips[1])

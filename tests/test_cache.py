@@ -1,5 +1,6 @@
 """The cache of embeddings: what is computed, what is not, and that no answer is an old one."""
 
+import collections
 import copy
 import dataclasses
 import gc
@@ -189,6 +190,51 @@ def test_errors_stay_errors(cached):
             encoder({"a": 1})
         with pytest.raises(clip_jax.PromptTooLongError):
             ask(encoder, "cat " * 600)
+
+
+def test_what_equals_an_option_is_not_that_option(cached):
+    encoder, _ = cached
+    option, number = ("clip_skip", 1) if encoder.family.name == "sdxl" else ("max_sequence_length", 1)
+    encoder("", guidance=False, **{option: number})
+    with pytest.raises(clip_jax.ClipJaxError, match=f"{option} must be an int"):
+        encoder("", guidance=False, **{option: True})
+    with pytest.raises(clip_jax.ClipJaxError, match="guidance must be True, False or None, found 0"):
+        encoder("", guidance=0, **{option: number})
+
+
+def test_prompts_that_change_are_encoded_anew(cached):
+    class Prompts(collections.UserList):
+        __hash__ = object.__hash__
+
+    encoder, computed = cached
+    prompts = Prompts(["a cat"])
+    before = ask(encoder, prompts, guidance=False)
+    prompts[0] = "two dogs"
+    assert (ask(encoder, prompts, guidance=False).prompt_embeds != before.prompt_embeds).any()
+    assert len(computed) == 2
+
+
+def test_ids_of_unequal_lengths_are_refused_although_some_rows_are_known(cached):
+    encoder, _ = cached
+    tokens = encoder.tokenize("a cat", negative_prompt="blurry", **BOTH)
+    encoder.encode(tokens)
+    tower = list(tokens.cond)[-1]
+    cut = dataclasses.replace(tokens, cond={**tokens.cond, tower: tokens.cond[tower][:, :-2] + 1})
+    with pytest.raises(clip_jax.ClipJaxError, match=f"Expected token ids .* of one shape .*{tower}"):
+        encoder.encode(cut)
+
+
+def test_arrays_of_numpy_are_copied_when_they_are_set(cached):
+    encoder, computed = cached
+    given = jax.tree.map(np.array, encoder.params)
+    encoder.params = given
+    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(encoder.params))
+    before = ask(encoder, "a cat", guidance=False)
+    for leaf in jax.tree.leaves(given):
+        leaf *= 2
+    encoder.cache.clear()
+    same(ask(encoder, "a cat", guidance=False), before)
+    assert len(computed) == 2
 
 
 def test_a_cache_of_no_bytes_is_none(uncached):

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 
+import jax
 import pytest
 
 import clip_jax
@@ -56,17 +57,20 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
         clip_jax.enable_compilation_cache(tmp_path / "file" / "below")
 
 
-def test_after_a_warmup_nothing_is_compiled(encoder):
-    text_embeddings.clear_cache()
+def test_after_a_warmup_nothing_is_compiled(encoder, caplog):
+    jax.clear_caches()
     encoder = TextEncoder(encoder.family, encoder.params, encoder.tokenizers)
     encoder.warmup((1, 3))
-    compiled = text_embeddings._cache_size()
-    assert compiled == 4  # one and four prompts, with negatives and alone
-    encoder("a cat", negative_prompt="blurry")
-    encoder("two dogs", negative_prompt="blurry")
-    encoder(["a", "b", "c"], negative_prompt=["d", "e", "f"])
-    assert text_embeddings._cache_size() == compiled
-    assert encoder.cache.stats().misses == 9  # a warmup leaves nothing in it
+    assert text_embeddings._cache_size() == 4  # one and four prompts, with negatives and alone
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        encoder("a cat", negative_prompt="blurry")
+        encoder("two dogs", negative_prompt="blurry")  # taken out of the first, and joined with the second
+        encoder(["a", "b", "c"], negative_prompt=["d", "e", "f"])
+        compiled = [record.getMessage() for record in caplog.records]
+        assert not [message for message in compiled if message.startswith("Compiling")]
+        assert encoder.cache.stats().misses == 9  # a warmup leaves nothing in it
+        encoder(["a", "b", "c", "d", "e"])
+    assert any(record.getMessage().startswith("Compiling") for record in caplog.records)
 
 
 @pytest.mark.parametrize("wrong", [(0,), ("1",), (True,)])

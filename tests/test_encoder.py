@@ -8,6 +8,7 @@ import pytest
 import clip_jax
 from clip_jax import ClipJaxError, PromptTooLongError, TextEncoder
 from clip_jax.convert import export
+from tests.checkpoints import write_family
 
 LONG = " ".join(["cat"] * 80)
 
@@ -162,3 +163,17 @@ def test_float16_that_overflows_is_an_error(encoder):
         half("a cat")
     single = TextEncoder(encoder.family, params, encoder.tokenizers)
     assert np.isfinite(single("a cat").prompt_embeds).all()
+
+
+@pytest.mark.parametrize("name", ["sd15", "flux"])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_it_runs_where_jax_is_told_to_be_strict(tmp_path, name, dtype):
+    folder = write_family(tmp_path / name, clip_jax.FAMILIES[name])
+    encoder = clip_jax.load(folder, family=name, dtype=dtype)
+    with jax.numpy_rank_promotion("raise"), jax.transfer_guard("disallow"):
+        with pytest.raises(Exception, match="[Dd]isallowed"):
+            jax.jit(lambda x: x + 1)(np.ones(3, np.float32))
+        encoder.warmup()
+        encoder("a cat", negative_prompt="blurry", guidance=True)
+        out = encoder(["two dogs", "a cat"], negative_prompt="blurry", guidance=True)
+    assert np.isfinite(out.prompt_embeds).all()

@@ -109,7 +109,7 @@ def rms_norm(x: jax.Array, weight: jax.Array, epsilon: float) -> jax.Array:
     """
     x32 = x.astype(jnp.float32)
     normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + epsilon)
-    return weight * normed.astype(weight.dtype)
+    return weight.reshape(*[1] * (x.ndim - 1), -1) * normed.astype(weight.dtype)
 
 
 def clamp_float16(x: jax.Array) -> jax.Array:

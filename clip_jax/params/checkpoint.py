@@ -134,6 +134,7 @@ def write_checkpoint(
     with staged_folder(out, overwrite=overwrite) as folder, context, _quiet_orbax():
         custom_metadata: dict[str, Any] | None = stored
         for part in parts:
+            _check_alive(part)
             tree = {tower: unflatten(leaves) for tower, leaves in part.items()}
             with _write_errors(out):
                 ocp.partial.save(folder, tree, custom_metadata=custom_metadata)
@@ -160,6 +161,15 @@ def _add_provenance(folder: Path, found: dict[str, Any]) -> None:
     whole = json.loads(path.read_text())
     whole["custom_metadata"]["provenance"] |= found
     path.write_text(json.dumps(whole))
+
+
+def _check_alive(part: Mapping[str, Mapping[str, np.ndarray | jax.Array]]) -> None:
+    for tower, leaves in part.items():
+        for path, leaf in leaves.items():
+            if isinstance(leaf, jax.Array) and leaf.is_deleted():
+                raise CheckpointError(
+                    f"{tower}/{path} has been deleted, as a jit with donate_argnums does. Save params that are there."
+                )
 
 
 @contextlib.contextmanager

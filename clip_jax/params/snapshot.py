@@ -1,4 +1,4 @@
-"""Whether params are still the ones they were."""
+"""Params as arrays that stay as they are, and whether they are still the ones they were."""
 
 from __future__ import annotations
 
@@ -6,8 +6,20 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from clip_jax.models.quantized import is_quantized
+
+
+def immutable(params: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Params with what is NumPy's copied to the default device; the very same ones if nothing is.
+
+    Programs would copy it there at every call, and it could be changed in place, which no `Snapshot` sees.
+    """
+    if not any(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(params)):
+        return params
+    return jax.tree.map(lambda leaf: jnp.array(leaf) if isinstance(leaf, np.ndarray) else leaf, params)
 
 
 class Snapshot:

@@ -69,6 +69,8 @@ def check_free(out: Path, overwrite: bool, mark: str = CHECKPOINT_MARK) -> None:
     Raises:
         CheckpointError: Something is there that is to be kept.
     """
+    if out.is_symlink() and not out.exists():
+        raise CheckpointError(f"{out} is a link to {out.readlink()}, which is not there. Choose another name.")
     if not out.exists():
         return
     if not overwrite:

@@ -14,11 +14,12 @@ def contender(name, **fields):
 
 
 def timed(median, q1, q3, **fields):
-    return {"ms": {"median": median, "q1": q1, "q3": q3}, "first_call_s": 1.5, "peak_rss_mib": 1234, **fields}
+    ms, after_pause_ms = ({"median": median + more, "q1": q1 + more, "q3": q3 + more} for more in (0, 1000))
+    return {"ms": ms, "after_pause_ms": after_pause_ms, "first_call_s": 1.5, "peak_rss_mib": 1234, **fields}
 
 
 RESULT = {
-    "schema": 3,
+    "schema": 4,
     "benchmark": "encode",
     "platform": "cpu",
     "date": "2026-01-02T03:04:05+00:00",

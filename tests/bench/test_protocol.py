@@ -26,7 +26,7 @@ def test_one_reply_per_request_whatever_the_worker_prints(case):
         assert facts["seen"] == case
         assert facts["first_call_s"] >= 0
         for _ in range(3):
-            assert set(worker.ask({})) == {"ms", "cpu_s", "peak_rss_mib"}
+            assert set(worker.ask({})) == {"ms", "after_pause_ms", "cpu_s", "peak_rss_mib"}
         assert worker.alive
     assert worker._process.returncode == 0  # it ended by itself when its stdin closed
     assert np.load(case["output"])["prompt_embeds"].shape == (2, 77, 8)
@@ -55,7 +55,7 @@ def test_a_worker_that_fails(code, brief, details):
 
 def test_a_worker_that_dies_between_calls(case):
     with Worker("fake", FAKE) as worker:
-        worker.start({**case, "options": {"calls": 2}})
+        worker.start({**case, "options": {"calls": 3}})  # the first, and those of one request
         worker.ask({})
         with pytest.raises(WorkerError, match="(?s)exit code 1.*worn out"):
             worker.ask({})

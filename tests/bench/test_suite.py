@@ -45,7 +45,7 @@ def test_two_contenders(shop):
     assert ours["seen"]["checkpoint"].endswith("sd15/weights")
     assert ours["error"] == {"relative": 0, "min_cosine": 1}
     assert peer["error"] == {"relative": 0.01, "min_cosine": 1}
-    assert len(peer["ms"]["samples"]) == 3
+    assert len(peer["ms"]["samples"]) == len(peer["after_pause_ms"]["samples"]) == 3
     assert compared(first) == {"ours": {"peer"}}
     assert not result["left_out"]
     assert not first["left_out"]

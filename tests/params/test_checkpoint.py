@@ -186,3 +186,12 @@ def test_saving_over_a_checkpoint_keeps_it_unless_told(encoder, copy):
     assert sorted(flatten(clip_jax.load(copy).params)) == before
     encoder.save(copy, overwrite=True)
     jax.tree.map(np.testing.assert_array_equal, clip_jax.load(copy).params, encoder.params)
+
+
+def test_params_that_are_gone_are_not_a_full_disk(encoder, tmp_path):
+    params = jax.tree.map(jnp.copy, encoder.params)
+    donated = clip_jax.TextEncoder(encoder.family, params, encoder.tokenizers)
+    params["clip_l"]["text_model"]["final_layer_norm"]["bias"].delete()
+    with pytest.raises(CheckpointError, match="clip_l/text_model/final_layer_norm/bias has been deleted"):
+        donated.save(tmp_path / "out")
+    assert not any(tmp_path.iterdir())

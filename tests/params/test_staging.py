@@ -51,6 +51,16 @@ def test_what_is_no_checkpoint_is_never_overwritten(tmp_path):
     assert (tmp_path / "thesis" / "chapter1.tex").read_text() == "years of work"
 
 
+def test_a_link_to_nothing_is_refused_before_anything_is_written(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    with (
+        pytest.raises(CheckpointError, match="link is a link to .*gone, which is not there"),
+        staged_folder(tmp_path / "link", overwrite=True),
+    ):
+        pytest.fail("the block was run")
+    assert [p.name for p in tmp_path.iterdir()] == ["link"]
+
+
 def test_an_error_leaves_the_old_folder_and_no_new_one(tmp_path):
     make_checkpoint(tmp_path / "out")
     with (
