@@ -196,8 +196,8 @@ _WHAT = {
     "cache": "`encoder(prompt, negative_prompt)`, strings to embeddings of a guidance pair; float32.",
 }
 _UNIT = {
-    "encode": "calls with each peer",
-    "compat": "calls with each peer",
+    "encode": "warm calls with each peer",
+    "compat": "warm calls with each peer",
     "cold": "processes each",
     "cache": "calls each",
 }

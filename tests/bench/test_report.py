@@ -21,9 +21,9 @@ TABLE = """\
 | sdxl | int8 | 1 | torch compiled | 9.50 (9.00 to 10.0) |  | 211 | 1,010 (1,009 to 1,010) |  |  | 1.50 | 1,234 |  |
 
 Guidance pairs of token ids to embeddings; a pair is two prompts. Weights: random, the same in all. 15 interleaved \
-calls with each peer (fewer of larger batches): median (quartiles); ratio: median (min to max) of the pairwise ratios \
-of clip_jax and the other, below 1 clip_jax is faster. Some CPU, 4 CPU cores, at most 0.03 of them taken by others; \
-clip-jax-text 0.1.0, jax 0.12.0 on python 3.14.1; torch 2.13.0 on python 3.11.7; 2026-01-02, commit 0123456; \
+warm calls with each peer (fewer of larger batches): median (quartiles); ratio: median (min to max) of the pairwise \
+ratios of clip_jax and the other, below 1 clip_jax is faster. Some CPU, 4 CPU cores, at most 0.03 of them taken by \
+others; clip-jax-text 0.1.0, jax 0.12.0 on python 3.14.1; torch 2.13.0 on python 3.11.7; 2026-01-02, commit 0123456; \
 `run.json`. The ceiling is what was measured in the same run: products of square matrices at 1,234 in float32, 5,000 \
 in int8 (thousand million operations per second), 20 GB/s of memory. Left out: OpenVINO (nncf not installed); torch \
 compiled of sd15 float32, batch 8 (ended with exit code 1); clip_jax of sdxl int8, batch 1 (this clip_jax does not \
@@ -34,8 +34,8 @@ RATIOS = """\
 | sd15 | float32 | 8 | clip_jax | 50.0 | 0.50 |
 
 Guidance pairs of token ids to embeddings: our time, and that divided by each peer's in the same precision; below 1 \
-ours is faster. Medians of 15 interleaved calls with each peer, and of their ratios; Some CPU, 4 CPU cores; \
-2026-01-02, commit 0123456; `run.json`. Spread, errors, first calls, memory and versions: \
+ours is faster. Medians of 15 interleaved warm calls with each peer, and of their ratios; Some CPU, 4 CPU cores; \
+2026-01-02, commit 0123456; `run.json`. Spread, errors, first calls, memory, versions: \
 [bench/README.md](bench/README.md#results)."""
 DOCUMENT = f"# Title\n\n{START}\nold\n{END}\n\nMore text.\n"
 
