@@ -34,9 +34,9 @@ def caption(result: _Json, source: str) -> str:
     """What the table shows, and where the rest is."""
     return (
         "Guidance pairs of token ids to embeddings: our time, and that divided by each peer's in the same precision; "
-        f"below 1 ours is faster. Medians of {result['settings']['repeats']} interleaved warm calls with each peer, and "
-        f"of their ratios; {where(result)}; {when(result)}; `{source}`. Spread, errors, first calls, memory, versions: "
-        "[bench/README.md](bench/README.md#results)."
+        f"below 1 ours is faster. Medians of {result['settings']['repeats']} interleaved warm calls with each peer, "
+        f"and of their ratios; {where(result)}; {when(result)}; `{source}`. "
+        "Spread, errors, first calls, memory, versions: [bench/README.md](bench/README.md#results)."
     )
 
 
