@@ -76,10 +76,7 @@ class TextEncoder:
 
     @property
     def params(self) -> Params:
-        """Plain nested dict with one entry per tower; quantised leaves are `qwix.QArray`s.
-
-        Others may be set; what is NumPy's of those is copied to the default device then.
-        """
+        """Plain nested dict with one entry per tower. Others may be set; NumPy's arrays are copied to the device then."""
         return self._params
 
     @params.setter
@@ -308,13 +305,16 @@ class TextEncoder:
     def _bucketed(self, params: Params, tokens: Tokens) -> Tokens:
         """Ids as they are computed with: of as many rows as a program is compiled for, where those rows belong."""
         batch = max((len(rows) for rows in tokens.cond.values()), default=0)
-        tokens = without_tails(tokens, self.family)
+        tokens = self._trimmed(tokens)
         if (bucket := bucket_of(batch, BATCHES)) != batch:
             tokens = pad_rows(tokens, bucket)
         rows = self.batch_sharding
         if rows is not None and is_on(params, rows.mesh):
             tokens = jax.tree.map(lambda ids: sharded_rows(ids, rows), tokens)
         return tokens
+
+    def _trimmed(self, tokens: Tokens) -> Tokens:
+        return without_tails(tokens, self.family)
 
     def _compute(self, params: Params, tokens: Tokens, skips: Skips) -> TextEmbeddings:
         """The one program."""
