@@ -76,7 +76,7 @@ class TextEncoder:
 
     @property
     def params(self) -> Params:
-        """Plain nested dict with one entry per tower. Others may be set; NumPy's arrays are copied to the device then."""
+        """Plain nested dict with one entry per tower. Others may be set; NumPy's arrays are copied to a device then."""
         return self._params
 
     @params.setter
