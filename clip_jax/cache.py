@@ -136,8 +136,7 @@ class EmbeddingCache:
 def call_key(prompts: Sequence[object], *options: Hashable) -> Hashable | None:
     """What a whole call is known by; None where it is no call that could succeed."""
     frozen = [
-        given if given is None or isinstance(given, str) or not isinstance(given, Sequence) else tuple(given)
-        for given in prompts
+        tuple(given) if isinstance(given, Sequence) and not isinstance(given, str) else given for given in prompts
     ]
     try:
         hash(key := (*frozen, *options, *map(type, options)))  # True equals 1, but is no number of layers
@@ -149,7 +148,7 @@ def call_key(prompts: Sequence[object], *options: Hashable) -> Hashable | None:
 def on_host(tokens: Tokens, towers: Collection[str]) -> bool:
     """Whether rows can be looked up: these are ids of numpy, one row for every prompt, for all of the towers.
 
-    What they are not, `text_embeddings` refuses or encodes.
+    Others are left to `text_embeddings`, which tells what is wrong with them, if anything is.
     """
     sides = [side for side in (tokens.uncond, tokens.cond) if side is not None]
     arrays = [ids for side in sides for ids in side.values()]
