@@ -26,7 +26,7 @@ from clip_jax.params.checkpoint import CheckpointMetadata, write_checkpoint
 from clip_jax.params.quantize import scheme_of, split
 from clip_jax.params.shapes import flatten, layer_groups
 from clip_jax.params.shard import is_on, sharded_rows
-from clip_jax.params.snapshot import immutable
+from clip_jax.params.snapshot import settled
 from clip_jax.program import PLATFORMS, export_programs
 from clip_jax.structs import TextEmbeddings, Tokens, is_traced
 from clip_jax.tokenize import check_max_sequence_length, tokenize
@@ -81,7 +81,7 @@ class TextEncoder:
 
     @params.setter
     def params(self, params: Params) -> None:
-        self._params = params = immutable(params)
+        self._params = params = settled(params)
         state = self._state(params)  # lets go of frozen programs
         if self.cache is not None:  # at once, for it would hold the old ones until the next call
             self.cache.renew(params, state)

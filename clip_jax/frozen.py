@@ -42,6 +42,7 @@ class FrozenPrograms:
 
     def __init__(self, params: Params) -> None:
         self._snapshot = Snapshot(params)
+        self._devices = _devices(params)
         self._programs: dict[Hashable, Program] = {}
 
     @property
@@ -54,7 +55,9 @@ class FrozenPrograms:
         return self._snapshot.is_of(params)
 
     def find(self, tokens: Tokens, skips: Skips) -> Program | None:
-        """The program for such ids, if there is one."""
+        """The program for such ids, if there is one; compiled ones take none from another device."""
+        if any(isinstance(ids, jax.Array) and ids.devices() != self._devices for ids in jax.tree.leaves(tokens)):
+            return None
         return self._programs.get(_key(tokens, skips))
 
     def add(self, function: Function, tokens: Tokens, skips: Skips, dtype: np.dtype) -> None:
@@ -111,7 +114,7 @@ def _check(params: Params, dtype: np.dtype) -> None:
     leaves = jax.tree.leaves(params, is_leaf=is_quantized)
     if any(map(is_quantized, leaves)):
         raise ClipJaxError("Quantised params cannot be frozen: XLA leaves oneDNN none of their products. Leave it out.")
-    devices = {device for leaf in leaves if isinstance(leaf, jax.Array) for device in leaf.devices()}
+    devices = _devices(params)
     if len(devices) > 1 or any(device.platform != "cpu" for device in devices):
         found = ", ".join(sorted(map(str, devices)))
         raise ClipJaxError(f"freeze is for params on one CPU device, found them on {found}. Leave it out.")
@@ -134,6 +137,10 @@ def _packs(dtype: str) -> bool:
     except jax.errors.JaxRuntimeError:  # options that this version does not know
         return False
     return '"weights_prepacked":true' in (compiled.as_text() or "")
+
+
+def _devices(params: Params) -> set[jax.Device]:
+    return {device for leaf in jax.tree.leaves(params) if isinstance(leaf, jax.Array) for device in leaf.devices()}
 
 
 def _either(kernel: np.ndarray | None, other: jax.Array | None) -> np.ndarray | jax.Array | None:

@@ -215,6 +215,32 @@ def test_a_mesh_is_refused(tiny_sd15):
     assert "freeze is for params on one CPU device, found them on" in done.stdout, done.stderr
 
 
+ELSEWHERE = """
+import sys, clip_jax, jax, numpy as np
+from clip_jax import frozen
+if sys.argv[2] == "False":
+    frozen._packs, frozen._OPTIONS = lambda dtype: True, {}
+encoder = clip_jax.load(sys.argv[1], family="sd15", cache_bytes=0)
+tokens = encoder.tokenize("a cat")
+before = encoder.encode(tokens).prompt_embeds
+encoder.warmup(freeze=True)
+compiled, = encoder._frozen.programs
+for device in jax.devices():
+    ids = jax.device_put(tokens, device)
+    embeds = encoder.encode(ids).prompt_embeds
+    print(encoder._frozen.find(ids, (None, None)) is compiled, embeds.devices() == {device})
+    np.testing.assert_allclose(embeds, before, rtol=0, atol=1e-5)
+"""
+
+
+def test_ids_on_another_device_go_as_before(tiny_sd15):
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    done = subprocess.run(
+        [sys.executable, "-c", ELSEWHERE, str(tiny_sd15), str(PACKS)], capture_output=True, text=True, env=environment
+    )
+    assert done.stdout.split() == ["True", "True", "False", "True"], done.stderr
+
+
 CACHED = """
 import sys, warnings, clip_jax
 warnings.simplefilter("error")

@@ -1,7 +1,8 @@
-"""Params as arrays that stay as they are, and whether they are still the ones they were."""
+"""Params as arrays that stay what and where they are, and whether they are still the ones they were."""
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,16 +11,28 @@ import jax.numpy as jnp
 import numpy as np
 
 from clip_jax.models.quantized import is_quantized
+from clip_jax.structs import is_traced
 
 
-def immutable(params: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Params with what is NumPy's copied to the default device; the very same ones if nothing is.
+def settled(params: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Params that stay as they are, and where they are; the very same ones if they do anyway.
 
-    Programs would copy it there at every call, and it could be changed in place, which no `Snapshot` sees.
+    What is NumPy's is copied to the default device: programs would copy it there at every call, and it could be changed
+    in place, which no `Snapshot` sees. What lies on another device is committed to it: `jax.default_device` puts it
+    there but does not bind it, and every call after that would copy it to the device that is the default then.
     """
-    if not any(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(params)):
-        return params
-    return jax.tree.map(lambda leaf: jnp.array(leaf) if isinstance(leaf, np.ndarray) else leaf, params)
+    default = {jax.local_devices()[0]}
+
+    def settle(leaf: Any) -> Any:
+        if isinstance(leaf, np.ndarray):
+            return jnp.array(leaf)
+        if isinstance(leaf, jax.Array) and not is_traced(leaf) and leaf.devices() != default:
+            return jax.device_put(leaf, leaf.sharding)  # no copy, and of a committed one the very same array
+        return leaf
+
+    settled = jax.tree.map(settle, params)
+    same = all(map(operator.is_, jax.tree.leaves(settled), jax.tree.leaves(params)))
+    return params if same else settled
 
 
 class Snapshot:

@@ -69,6 +69,7 @@ def main(sources: Path) -> None:
     one = encode(encoders["clip, both"], PROMPTS[:1])
     results["one prompt"] = {"error": largest_error(one, reference(sources / "sd15.npz", 1))}
     results["moved"] = moved(sources)
+    results["default"] = default(sources)
     results["saved"] = saved(encoders["flux, both"], whole["flux"], sources / "saved")
     results["low"] = low(sources, whole["flux"])
     results["quantized"] = {name: quantized(sources / "sd15", name) for name in SCHEMES}
@@ -108,6 +109,17 @@ def moved(sources: Path) -> float:
     encoder = clip_jax.load(sources / "sd15", family="sd15", mesh=mesh_of({"data": 2, "tensor": 4}), cache_bytes=0)
     encoder.params = jax.device_put(encoder.params, jax.devices()[3])
     return largest_error(encode(encoder, PROMPTS[:2]), reference(sources / "sd15.npz", 2))
+
+
+def default(sources: Path) -> list[str]:
+    """Where embeddings are computed with params that were loaded, or set, under a default device of then."""
+    with jax.default_device(jax.devices()[3]):
+        loaded = clip_jax.load(sources / "sd15", family="sd15", cache_bytes=0)
+        drawn = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), loaded.params)
+    found = [encode(loaded, PROMPTS[:1])]
+    loaded.params = drawn
+    found.append(encode(loaded, PROMPTS[:1]))
+    return [str(out.prompt_embeds.devices()) for out in found]
 
 
 def saved(encoder: clip_jax.TextEncoder, whole: Any, path: Path) -> dict[str, bool]:
