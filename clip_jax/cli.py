@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 _OUT_FORMATS = (".safetensors", ".npz")
 _FOREIGN_HELP = "diffusers folder, text encoder folder, file of weights (or several), or Hub repo id"
 _SOURCE_HELP = f"converted folder, {_FOREIGN_HELP}, or random:FAMILY"
+_MODEL_HELP = _SOURCE_HELP.replace("(or several)", "(repeat --model for several)")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -69,18 +70,18 @@ def _parser() -> argparse.ArgumentParser:
 
     convert = _command(commands, "convert", _convert, "convert a checkpoint to an Orbax folder")
     convert.add_argument("source", metavar="SRC", nargs="+", help=_FOREIGN_HELP)
-    convert.add_argument("out", metavar="OUT", type=Path, help="folder to make")
+    convert.add_argument("out", metavar="OUT", help="folder to make")
     convert.add_argument("--dtype", help="of the stored params; by default that of the source, bfloat16 if quantised")
     convert.add_argument("--without", metavar="TOWER", action="append", default=[], help="leave out a tower: t5 of sd3")
     convert.add_argument("--quantize", metavar="SCHEME", help="store the params quantised: int8, fp8 or int4")
-    convert.add_argument("--verify", action="store_true", help="compare what both compute on a few prompts")
+    convert.add_argument("--verify", action="store_true", help="compare what source and result compute on prompts")
     convert.add_argument("--overwrite", action="store_true", help="replace a checkpoint that is at OUT")
     _add_source_options(convert)
     _add_reading_options(convert)
 
     export = _command(commands, "export", _export, "write a converted folder as safetensors that others read")
     export.add_argument("source", metavar="MODEL", help="folder written by `clip-jax convert`")
-    export.add_argument("out", metavar="OUT", type=Path, help="folder to make")
+    export.add_argument("out", metavar="OUT", help="folder to make")
     export.add_argument("--format", choices=("hf",), default="hf", help="diffusers folder, transformers' names")
     export.add_argument("--overwrite", action="store_true", help="replace an export that is at OUT")
 
@@ -91,8 +92,8 @@ def _parser() -> argparse.ArgumentParser:
     embed.add_argument("--negative", metavar="TEXT", help="negative prompt, for all prompts")
     embed.add_argument("--negative-2", metavar="TEXT", help="for the second text encoder (default: --negative)")
     embed.add_argument("--negative-3", metavar="TEXT", help="for the third text encoder (default: --negative)")
-    embed.add_argument("--model", metavar="SRC", required=True, action="append", help=_SOURCE_HELP)
-    embed.add_argument("--dtype", default="float32", help="of the computation: float32, bfloat16 or float16")
+    embed.add_argument("--model", metavar="SRC", required=True, action="append", help=_MODEL_HELP)
+    embed.add_argument("--dtype", default="float32", help="of the computation: float32 (default), bfloat16, float16")
     embed.add_argument("--quantize", metavar="SCHEME", help="quantise the params while reading them: int8, fp8 or int4")
     embed.add_argument(
         "--guidance",
@@ -112,7 +113,7 @@ def _parser() -> argparse.ArgumentParser:
     tokenize = _command(commands, "tokenize", _tokenize, "show the tokens of prompts, and what would be cut")
     _add_prompt(tokenize)
     tokenize.add_argument("--max-sequence-length", type=int, metavar="L", help="tokens of T5, at most 512")
-    tokenize.add_argument("--model", metavar="SRC", action="append", help=f"{_SOURCE_HELP} (random:sd15)")
+    tokenize.add_argument("--model", metavar="SRC", action="append", help=f"{_MODEL_HELP} (default: random:sd15)")
     _add_source_options(tokenize)
     _add_config_options(tokenize)
 
@@ -272,8 +273,10 @@ def _print_rows(out: TextEmbeddings, prompts: list[str], negative: str) -> None:
     for name, array in _arrays(out).items():
         print(f"{name} {array.shape} {array.dtype}")
         if name != "text_ids":
-            for row, (kind, text) in zip(array, labels, strict=True):
-                print(f"  {kind:6}  norm {np.linalg.norm(row.astype(np.float32)):10.4f}  {text}")
+            for row, (kind, text) in zip(array.astype(np.float32), labels, strict=True):
+                # A norm alone is the same for all prompts where a LayerNorm without its trained scale comes last.
+                end = " ".join(f"{value:8.4f}" for value in row[..., -3:].reshape(-1, 3)[-1])
+                print(f"  {kind:6}  norm {np.linalg.norm(row):10.4f}  ends {end}  {text}")
 
 
 def _arrays(out: TextEmbeddings) -> dict[str, Any]:
@@ -311,10 +314,12 @@ def _write(path: Path, out: TextEmbeddings) -> None:
 
 def _tokenize(arguments: argparse.Namespace) -> None:
     from clip_jax.loading import info, load_tokenizers
+    from clip_jax.tokenize import check_max_sequence_length
 
     model, options = _one_or_all(arguments.model or ["random:sd15"]), _reading_options(arguments)
     tokenizers = load_tokenizers(model, **options)
     family = info(model, **{name: option for name, option in options.items() if name != "tokenizer"}).family
+    check_max_sequence_length(family, arguments.max_sequence_length)
     for prompt in _prompts(arguments):
         for name, tokenizer in tokenizers.items():
             length = family.row_length(family.tower(name), tokenizer.model_max_length, arguments.max_sequence_length)

@@ -10,7 +10,7 @@ import jax
 from clip_jax.errors import ClipJaxError
 
 
-def enable_compilation_cache(path: str | os.PathLike[str] | None = None) -> Path:
+def enable_compilation_cache(path: str | os.PathLike[str] | None = None) -> Path | str:
     """Switches on JAX's persistent compilation cache, for this process and all that it compiles.
 
     Programs of any size are kept, also those that compile in less than a second. A folder that is set already
@@ -21,25 +21,30 @@ def enable_compilation_cache(path: str | os.PathLike[str] | None = None) -> Path
     itself, so that the API waits to be asked.
 
     Args:
-        path: The folder; None means `clip_jax/xla` in the user's folder for caches (`XDG_CACHE_HOME`, `~/.cache`).
+        path: The folder, or the URL of one (`gs://bucket/folder`), which is left to JAX; None means `clip_jax/xla` in
+            the user's folder for caches (`XDG_CACHE_HOME`, `~/.cache`).
 
     Returns:
-        The folder that is used.
+        The folder that is used, absolute; or that URL, a str.
 
     Raises:
         ClipJaxError: The folder cannot be made or written.
     """
     chosen = path or jax.config.jax_compilation_cache_dir or _user_cache() / "clip_jax" / "xla"
-    folder = Path(chosen).expanduser().absolute()
+    folder = chosen if "://" in os.fspath(chosen) else _writable(Path(chosen).expanduser().absolute())
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    return folder
+
+
+def _writable(folder: Path) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ClipJaxError(f"{folder} cannot be made: {error.strerror}. Name another folder for the cache.") from error
     if not os.access(folder, os.W_OK):
         raise ClipJaxError(f"{folder} cannot be written. Name another folder for the cache.")
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     return folder
 
 

@@ -23,10 +23,10 @@ from clip_jax.frozen import FrozenPrograms
 from clip_jax.models import intercepted
 from clip_jax.params.cast import float_dtype
 from clip_jax.params.checkpoint import CheckpointMetadata, write_checkpoint
-from clip_jax.params.quantize import scheme_of, split
-from clip_jax.params.shapes import flatten, layer_groups
+from clip_jax.params.quantize import scheme_of, stored_parts
 from clip_jax.params.shard import is_on, sharded_rows
 from clip_jax.params.snapshot import settled
+from clip_jax.params.staging import path_of
 from clip_jax.program import PLATFORMS, export_programs
 from clip_jax.structs import TextEmbeddings, Tokens, is_traced
 from clip_jax.tokenize import check_max_sequence_length, tokenize
@@ -338,7 +338,7 @@ class TextEncoder:
         """Writes params, architectures and tokenizers to a folder that `clip_jax.load` reads, quantised if they are.
 
         Raises:
-            CheckpointError: The folder exists.
+            CheckpointError: The folder exists or cannot be written, or the params are not those of the architecture.
             ClipJaxError: The params are quantised in part.
         """
         self._save(path, overwrite)
@@ -380,19 +380,16 @@ class TextEncoder:
         self._save(path, overwrite, extra=programs.write)
 
     def _save(self, path: str | os.PathLike[str], overwrite: bool, extra: Callable[[Path], None] | None = None) -> None:
+        scheme = scheme_of(self.params)
         write_checkpoint(
-            Path(path),
-            (
-                {tower: {p: leaves[p] for p in group}}
-                for tower, leaves in ((name, split(flatten(tree))) for name, tree in self.params.items())
-                for group in layer_groups(leaves)
-            ),
+            path_of(path),
+            stored_parts(self.params, self.config, scheme),
             metadata=CheckpointMetadata(
                 family=self.family.name,
                 configs=self.config,
                 provenance=self.provenance,
                 zero_negative=self.family.zero_negative,
-                scheme=scheme_of(self.params),
+                scheme=scheme,
             ),
             tokenizers=self.tokenizers,
             extra=extra,

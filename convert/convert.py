@@ -28,7 +28,7 @@ from clip_jax.params.checkpoint import (
     write_checkpoint,
 )
 from clip_jax.params.quantize import PLAIN, scheme_called
-from clip_jax.params.staging import check_free
+from clip_jax.params.staging import check_apart, check_free, path_of
 from clip_jax.progress import byte_bar
 from clip_jax.tokenizers import RowTokenizer, choose_tokenizers
 
@@ -94,7 +94,7 @@ def convert(
         )
     if isinstance(source, str) and source.startswith("random:"):
         raise CheckpointError(f"{source} has nothing to convert; `clip_jax.load({source!r}).save(...)` writes it.")
-    out = Path(os.path.abspath(out))
+    out = path_of(out)
     check_free(out, overwrite)  # before the work, not after it
     without = {without} if isinstance(without, str) else set(without)
     access = Access(
@@ -105,6 +105,7 @@ def convert(
         skip=folders_of(without),
     )
     found = resolve_all(source, access, progress=progress)
+    check_apart(out, [one.path for one in found])
     for one in found:
         if is_checkpoint(one.path):
             raise CheckpointError(f"{one.path} is an Orbax folder; expected a checkpoint in a foreign layout.")

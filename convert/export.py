@@ -32,7 +32,7 @@ from clip_jax.params.checkpoint import (
 )
 from clip_jax.params.quantize import PLAIN
 from clip_jax.params.shapes import TensorSpec, param_shapes
-from clip_jax.params.staging import check_free, staged_folder
+from clip_jax.params.staging import check_apart, check_free, path_of, staged_folder
 from clip_jax.progress import byte_bar
 from clip_jax.tokenizers import read_tokenizer
 
@@ -96,10 +96,11 @@ def export(
     """
     if format != "hf":
         raise ClipJaxError(f"format must be 'hf', found {format!r}.")
-    path, out = Path(source), Path(os.path.abspath(out))
+    path, out = Path(source).expanduser(), path_of(out)
     if not is_checkpoint(path):
         raise CheckpointError(f"{path} is not a folder written by `clip-jax convert`, which is what can be exported.")
     check_free(out, overwrite, MARK)
+    check_apart(out, [path])
     metadata = read_metadata(path)
     if metadata.scheme is not PLAIN:
         raise CheckpointError(

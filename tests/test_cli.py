@@ -69,9 +69,10 @@ def check_rows(lines, array, texts):
     assert title == f"prompt_embeds {array.shape} {array.dtype}"
     assert len(rows) == len(array) == len(texts)
     for line, row, (kind, text) in zip(rows, array, texts, strict=True):
-        found = re.fullmatch(r"  (cond|uncond) +norm +(\d+\.\d{4})  (.*)", line)
-        assert found.groups()[::2] == (kind, repr(text))
+        found = re.fullmatch(r"  (cond|uncond) +norm +(\d+\.\d{4})  ends ((?: *-?\d+\.\d{4}){3})  (.*)", line)
+        assert (found[1], found[4]) == (kind, repr(text))
         assert float(found[2]) == pytest.approx(np.linalg.norm(row.astype(np.float32)), abs=1e-4)
+        np.testing.assert_allclose(np.array(found[3].split(), float), row.ravel()[-3:].astype(float), atol=1e-4)
 
 
 def test_one_prompt(embed, encoder):
@@ -122,7 +123,7 @@ def test_prompts_are_the_lines_of_a_file(embed, tmp_path, monkeypatch, mark, bet
     type_in(monkeypatch, content)
     lines = embed(*(["--file", tmp_path / "prompts"] if from_file else ["-"]), "--no-guidance")
     assert lines[0] == "prompt_embeds (4, 77, 32) float32"
-    assert [re.sub(r" +cond +norm +\S+  ", "", line) for line in lines[1:5]] == [repr(x) for x in LINES]
+    assert [re.sub(r" +cond .* ends( +\S+){3}  ", "", line) for line in lines[1:5]] == [repr(x) for x in LINES]
 
 
 def test_a_dash_is_only_special_by_itself(embed):
@@ -297,11 +298,17 @@ def test_quantised_params_are_written_shown_and_used(tiny_sd15, tmp_path, capsys
         ("embed --file {empty} --model {model}", "Expected prompts, one per line; found nothing."),
         ("tokenize --file {empty}", "Expected prompts, one per line; found nothing."),
         ("tokenize --file {latin}", "The prompts are not UTF-8 text: 'utf-8' codec can't decode byte 0xe9"),
+        ("tokenize x --max-sequence-length 9", "sd15 takes no max_sequence_length: it has no T5. Leave it out."),
+        (
+            "tokenize x --model random:flux --max-sequence-length 513",
+            "max_sequence_length must be an int from 1 to 512, found 513.",
+        ),
         ("tokenize x --model {tmp}", "{tmp} has neither model_index.json nor text_encoder/ nor config.json; "),
         ("info {tmp}/nowhere", "'{tmp}/nowhere' does not exist."),
         ("info {long}", "{long}: expected a file of weights (safetensors, "),
         ("convert {tmp}/nowhere {tmp}/out", "'{tmp}/nowhere' does not exist."),
         ("convert {model} {tmp}/out", "{model} is an Orbax folder; expected a checkpoint in a foreign layout."),
+        ("convert {source} {nothing}", "The folder to make has no name; expected a path."),
         ("convert {source} {tmp} --overwrite", "{tmp} is not a checkpoint written by clip_jax"),
         ("convert {source} {long}/out --family sd15", "{long}/out cannot be written: [Errno 17] File exists: '{long}'"),
         ("convert {source} {tmp}/out --family sd15 --dtype int4", "dtype must be one of float32, bfloat16, "),
@@ -333,7 +340,7 @@ def test_a_mistake_is_one_line(tiny_sd15, model, tmp_path, capsys, arguments, me
     (tmp_path / "long").write_text(f"a\n{LONG}\n")
     (tmp_path / "latin").write_bytes("café".encode("latin-1"))
     names = {name: tmp_path / name for name in ("empty", "long", "latin")}
-    names |= {"tmp": tmp_path, "model": model, "source": tiny_sd15}
+    names |= {"tmp": tmp_path, "model": model, "source": tiny_sd15, "nothing": ""}
     before = digests(tmp_path)
     line = fails(capsys, *(argument.format(**names) for argument in arguments.split()))
     assert line.startswith(message.format(**names))

@@ -51,6 +51,13 @@ def test_the_folder_may_be_chosen(tiny_sd15, tmp_path):
     assert run(code, tmp_path / "mine", JAX_COMPILATION_CACHE_DIR=str(tmp_path / "set")) == [str(tmp_path / "mine")]
 
 
+def test_a_remote_folder_is_left_to_jax(tmp_path):
+    code = "import jax, clip_jax; print(clip_jax.enable_compilation_cache(), jax.config.jax_compilation_cache_dir)"
+    code = f"import os; os.chdir({str(tmp_path)!r}); {code}"
+    assert run(code, JAX_COMPILATION_CACHE_DIR="gs://bucket/folder") == ["gs://bucket/folder"] * 2
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(clip_jax.ClipJaxError, match="cannot be made: .* Name another folder"):

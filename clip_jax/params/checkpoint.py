@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import glob
 import importlib.metadata
 import json
 import logging
+import tempfile
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -37,7 +39,7 @@ from clip_jax.params.shapes import (
     unflatten,
 )
 from clip_jax.params.shard import Placement, sharded_array
-from clip_jax.params.staging import staged_folder
+from clip_jax.params.staging import CHECKPOINT_MARK, staged_folder
 from clip_jax.progress import byte_bar
 
 # Version 2 is quantised; what is not keeps version 1, which older ones of this package read.
@@ -131,16 +133,18 @@ def write_checkpoint(
     # read, and twice the memory to write. But Orbax gives int4 a byte, which compression takes back.
     context.array.saving.use_compression = metadata.scheme.name == "int4"
     context.array.saving.storage_options.chunk_byte_size = _CHUNK_BYTES
-    with staged_folder(out, overwrite=overwrite) as folder, context, _quiet_orbax():
+    with staged_folder(out, overwrite=overwrite) as folder, _plain(folder) as plain, context, _quiet_orbax():
         custom_metadata: dict[str, Any] | None = stored
         for part in parts:
             _check_alive(part)
             tree = {tower: unflatten(leaves) for tower, leaves in part.items()}
             with _write_errors(out):
-                ocp.partial.save(folder, tree, custom_metadata=custom_metadata)
+                ocp.partial.save(plain, tree, custom_metadata=custom_metadata)
             custom_metadata = None
         with _write_errors(out):
-            ocp.partial.finalize(folder)
+            ocp.partial.finalize(plain)
+            if not (folder / CHECKPOINT_MARK).is_file():
+                raise OSError("Orbax has not joined what it wrote")
             # Only its presence counts; Orbax writes the folder's place on this machine into it.
             (folder / "commit_success.txt").write_text("Checkpoint commit was successful\n")
             for name, tokenizer in tokenizers.items():
@@ -170,6 +174,22 @@ def _check_alive(part: Mapping[str, Mapping[str, np.ndarray | jax.Array]]) -> No
                 raise CheckpointError(
                     f"{tower}/{path} has been deleted, as a jit with donate_argnums does. Save params that are there."
                 )
+
+
+@contextlib.contextmanager
+def _plain(path: Path) -> Iterator[Path]:
+    """The same path without characters that mean something in a pattern, by way of a link if it has such.
+
+    Orbax looks for what it has to join by a pattern with the whole path in it. In `models [v1]/` it finds nothing, and
+    says nothing of it.
+    """
+    if glob.escape(str(path)) == str(path):
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix="clip-jax-") as folder:
+        link = Path(folder, "beside")
+        link.symlink_to(path.parent)
+        yield link / path.name
 
 
 @contextlib.contextmanager

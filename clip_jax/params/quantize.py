@@ -19,7 +19,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -28,10 +28,11 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from clip_jax.errors import ClipJaxError
+from clip_jax.config import TowerConfig
+from clip_jax.errors import CheckpointError, ClipJaxError
 from clip_jax.models.quantized import is_quantized
 from clip_jax.params.cast import param_dtype
-from clip_jax.params.shapes import flatten
+from clip_jax.params.shapes import check_shapes, flatten, layer_groups, param_shapes
 
 _QUANTIZED = re.compile(r"(^|/)(kernel|(token_embedding|shared)/embedding)$")
 _PART = re.compile(r"(.+/(?:kernel|embedding))/(qvalue|scale)")
@@ -132,7 +133,7 @@ def scheme_of(params: Mapping[str, Any]) -> Scheme:
             f"Expected kernels and token embeddings of one kind, found {', '.join(sorted(map(str, found)))}. "
             f"Quantise all of them by one scheme, or none."
         )
-    (kind,) = found
+    kind = found.pop() if found else None
     schemes = {scheme.qtype and scheme.qtype.name: scheme for scheme in (PLAIN, *SCHEMES.values())}
     if kind not in schemes:
         raise ClipJaxError(f"Params are quantised to {kind}; expected one of {', '.join(map(str, schemes))}.")
@@ -159,6 +160,27 @@ def join(parts: Mapping[str, Any]) -> dict[str, Any]:
 
             leaves[owner] = qwix.QArray(*(parts[f"{owner}/{name}"] for name in _PARTS))
     return leaves
+
+
+def stored_parts(
+    params: Mapping[str, Any], configs: Mapping[str, TowerConfig], scheme: Scheme
+) -> Iterator[dict[str, dict[str, Any]]]:
+    """Params as a checkpoint has them, a block at a time: tower name -> path -> array.
+
+    Raises:
+        CheckpointError: They are not those of `configs`, so that no one could load them; at once, not on the way.
+    """
+    if params.keys() != configs.keys():
+        raise CheckpointError(f"Expected params of {', '.join(configs)}, found {', '.join(params) or 'none'}.")
+    towers = {name: split(flatten(tree)) for name, tree in params.items()}
+    for name, leaves in towers.items():
+        expected = scheme.stored_shapes(param_shapes(configs[name]))
+        check_shapes(expected, {path: leaf.shape for path, leaf in leaves.items()}, f"Tower {name} of the params")
+    return (
+        {name: {path: leaves[path] for path in group}}
+        for name, leaves in towers.items()
+        for group in layer_groups(leaves)
+    )
 
 
 def owner_of(path: str) -> str:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import glob
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from clip_jax.errors import CheckpointError
@@ -31,23 +32,29 @@ def staged_folder(out: Path, *, overwrite: bool = False, mark: str = CHECKPOINT_
         mark: The file that one has to have to be replaced.
 
     Raises:
-        CheckpointError: `out` exists and `overwrite` is off, or it is not a folder this package wrote.
+        CheckpointError: `out` exists and `overwrite` is off, it is not a folder this package wrote, or nothing can be
+            written beside it.
     """
-    out = Path(os.path.abspath(out))
+    out = path_of(out)
+    if out.exists():
+        out = out.resolve()  # what a link leads to is replaced, not the link
     prefix = f".{out.name}.clip-jax-"
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CheckpointError(f"{out} cannot be written: {error}. Choose another place.") from error
     with contextlib.ExitStack() as held:
-        # Nobody looks for stages whose process is gone while one is made that is not locked yet.
-        with _locked(out.parent):
-            _recover(out, prefix)
-            check_free(out, overwrite, mark)
-            stage = Path(tempfile.mkdtemp(prefix=prefix, dir=out.parent))
-            held.callback(shutil.rmtree, stage, ignore_errors=True)
-            lock = held.enter_context(open(stage / "lock", "w"))
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            # Nobody looks for stages whose process is gone while one is made that is not locked yet.
+            with _locked(out.parent):
+                _recover(out, prefix)
+                check_free(out, overwrite, mark)
+                stage = Path(tempfile.mkdtemp(prefix=prefix, dir=out.parent))
+                held.callback(shutil.rmtree, stage, ignore_errors=True)
+                lock = held.enter_context(open(stage / "lock", "w"))
+                fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError as error:  # without the hidden path in it
+            raise CheckpointError(f"{out} cannot be written: {error.strerror}. Choose another place.") from error
         try:
             yield stage / "new"
             check_free(out, overwrite, mark)
@@ -61,6 +68,25 @@ def staged_folder(out: Path, *, overwrite: bool = False, mark: str = CHECKPOINT_
                 shutil.rmtree(stage, ignore_errors=True)
                 time.sleep(0.02)
             raise
+
+
+def path_of(out: str | os.PathLike[str]) -> Path:
+    """The absolute path of a folder to make, with `~` for the user's.
+
+    Raises:
+        CheckpointError: No folder can have that name, or TensorStore could not read it.
+    """
+    name = os.path.expanduser(os.fspath(out))
+    if not name:
+        raise CheckpointError("The folder to make has no name; expected a path.")
+    path = Path(os.path.abspath(name))
+    if "\\" in str(path):
+        raise CheckpointError(f"{path} has a backslash, which TensorStore does not read. Choose another place.")
+    try:
+        path.exists()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be written: {error.strerror}. Choose another place.") from error
+    return path
 
 
 def check_free(out: Path, overwrite: bool, mark: str = CHECKPOINT_MARK) -> None:
@@ -77,10 +103,23 @@ def check_free(out: Path, overwrite: bool, mark: str = CHECKPOINT_MARK) -> None:
         raise CheckpointError(
             f"{out} exists already. Choose another name, or replace it with overwrite=True (--overwrite)."
         )
+    if Path.cwd().is_relative_to(out.resolve()):
+        raise CheckpointError(f"{out} is where this process runs, so it is not overwritten. Choose another name.")
     if not (out / mark).is_file() and not (out.is_dir() and not any(out.iterdir())):
         raise CheckpointError(
             f"{out} is not a checkpoint written by clip_jax, so it is not overwritten. Choose another name."
         )
+
+
+def check_apart(out: Path, sources: Iterable[Path]) -> None:
+    """Refuses to make `out` where that would replace what is to be read.
+
+    Raises:
+        CheckpointError: A source is `out`, or lies in it.
+    """
+    for source in sources:
+        if source.resolve().is_relative_to(out.resolve()):
+            raise CheckpointError(f"{source} lies in {out}, which is to be replaced. Choose another place to write to.")
 
 
 @contextlib.contextmanager
@@ -96,7 +135,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
 def _recover(out: Path, prefix: str) -> None:
     """Clears the staging folders of killed processes; puts `out` back if one had moved it out of the way."""
-    for stage in out.parent.glob(f"{prefix}*"):
+    for stage in out.parent.glob(f"{glob.escape(prefix)}*"):
         # "a": a stage whose lock is gone was being removed when its process ended.
         with contextlib.suppress(OSError), open(stage / "lock", "a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # held for as long as its process lives

@@ -134,6 +134,15 @@ def test_a_checkpoint_is_only_replaced_with_overwrite(tiny_sd15, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_a_source_within_what_is_to_be_replaced_is_kept(tiny_sd15, tmp_path):
+    out = convert(tiny_sd15, tmp_path / "out", family="sd15")
+    shutil.copytree(tiny_sd15, out / "source")
+    before = digests(tmp_path)
+    with pytest.raises(CheckpointError, match="source lies in .*out, which is to be replaced"):
+        convert(out / "source", out, family="sd15", overwrite=True)
+    assert digests(tmp_path) == before
+
+
 def test_an_error_keeps_the_checkpoint_that_was_to_be_replaced(tmp_path):
     state = hf_state(TINY)
     state["text_model.encoder.layers.2.mlp.fc2.bias"][0] = 1e6

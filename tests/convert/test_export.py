@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import math
+import shutil
 
 import jax
 import ml_dtypes
@@ -250,6 +251,16 @@ def test_neither_a_source_nor_a_checkpoint_is_replaced(sdxl, tmp_path):
         with pytest.raises(CheckpointError, match="not overwritten"):
             export(converted, path, overwrite=True)
         assert digests(path) == before
+
+
+def test_a_checkpoint_within_what_is_to_be_replaced_is_kept(sdxl, tmp_path):
+    _, converted, _ = sdxl
+    out = export(converted, tmp_path / "out")
+    shutil.copytree(converted, out / "orbax")
+    before = digests(tmp_path)
+    with pytest.raises(CheckpointError, match="orbax lies in .*out, which is to be replaced"):
+        export(out / "orbax", out, overwrite=True)
+    assert digests(tmp_path) == before
 
 
 def test_an_earlier_export_is_replaced_if_asked(sdxl, tmp_path):

@@ -188,6 +188,48 @@ def test_saving_over_a_checkpoint_keeps_it_unless_told(encoder, copy):
     jax.tree.map(np.testing.assert_array_equal, clip_jax.load(copy).params, encoder.params)
 
 
+@pytest.mark.parametrize("name", ["model [v1]", "[a]/out", "a*b", "**", "?"])
+def test_a_path_that_looks_like_a_pattern(encoder, tmp_path, name):
+    out = tmp_path / name
+    encoder.save(out)
+    encoder.save(out, overwrite=True)
+    same_params(clip_jax.load(out).params, encoder.params)
+    assert [p.name for p in out.parent.iterdir()] == [out.name]
+
+
+def test_what_orbax_has_not_joined_is_an_error(encoder, tmp_path, monkeypatch):
+    monkeypatch.setattr("orbax.checkpoint.v1.partial.finalize", lambda path: path.with_name("new").mkdir())
+    with pytest.raises(CheckpointError, match="out cannot be written: Orbax has not joined what it wrote"):
+        encoder.save(tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("wrong", ["missing", "extra", "rows", "empty"])
+def test_params_that_nobody_could_load_are_not_written(encoder, copy, wrong):
+    before = ckpt.read_params(copy, ckpt.stored_specs(copy), None)
+    params = jax.tree.map(lambda leaf: leaf, encoder.params)
+    text_model = params["clip_l"]["text_model"]
+    match wrong:
+        case "missing":
+            del text_model["final_layer_norm"]["bias"]
+        case "extra":
+            params["clip_l"]["lora"] = {"a": jnp.ones(3)}
+        case "rows":
+            table = text_model["embeddings"]["token_embedding"]
+            table["embedding"] = jnp.concatenate([table["embedding"], table["embedding"][:2]])
+        case "empty":
+            params = {}
+    broken = clip_jax.TextEncoder(encoder.family, params, encoder.tokenizers)
+    expected = "Expected params of clip_l, found none" if wrong == "empty" else "params does not match its architecture"
+    with pytest.raises(CheckpointError, match=expected):
+        broken.save(copy, overwrite=True)
+    same_params(ckpt.read_params(copy, ckpt.stored_specs(copy), None), before)
+
+
+def same_params(found, wanted):
+    jax.tree.map(np.testing.assert_array_equal, found, wanted)
+
+
 def test_params_that_are_gone_are_not_a_full_disk(encoder, tmp_path):
     params = jax.tree.map(jnp.copy, encoder.params)
     donated = clip_jax.TextEncoder(encoder.family, params, encoder.tokenizers)

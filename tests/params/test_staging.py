@@ -9,7 +9,7 @@ import textwrap
 import pytest
 
 from clip_jax import CheckpointError
-from clip_jax.params.staging import staged_folder
+from clip_jax.params.staging import check_apart, path_of, staged_folder
 
 
 def make_checkpoint(path, content="old"):
@@ -61,6 +61,64 @@ def test_a_link_to_nothing_is_refused_before_anything_is_written(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["link"]
 
 
+def test_what_a_link_leads_to_is_replaced_and_not_the_link(tmp_path):
+    make_checkpoint(tmp_path / "target")
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    write(tmp_path / "link", overwrite=True)
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "target" / "_CHECKPOINT_METADATA").read_text() == "new"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["link", "target"]
+
+
+def test_where_the_process_runs_is_never_overwritten(tmp_path, monkeypatch):
+    make_checkpoint(tmp_path / "out")
+    (tmp_path / "out" / "below").mkdir()
+    for inside in ("out", "out/below"):
+        monkeypatch.chdir(tmp_path / inside)
+        with pytest.raises(CheckpointError, match="out is where this process runs, so it is not overwritten"):
+            write(tmp_path / "out", overwrite=True)
+
+
+def test_what_is_to_be_read_is_never_replaced(tmp_path):
+    (tmp_path / "out" / "source").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "out" / "source")
+    for source in ("out", "out/source", "link"):
+        with pytest.raises(CheckpointError, match="lies in .*out, which is to be replaced. Choose another place"):
+            check_apart(tmp_path / "out", [tmp_path, tmp_path / source])
+    check_apart(tmp_path / "out", [tmp_path, tmp_path / "out too"])
+
+
+def test_names_of_folders(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert path_of("~/out") == path_of("out") == path_of(tmp_path / "out") == tmp_path / "out"
+    for wrong, message in (("", "has no name"), ("a\\b", "has a backslash"), ("x" * 300, "File name too long")):
+        with pytest.raises(CheckpointError, match=message):
+            path_of(wrong)
+
+
+def test_where_nothing_can_be_written_is_an_error(tmp_path, monkeypatch):
+    def refused(*_args, **_kwargs):
+        raise PermissionError(13, "Permission denied", ".hidden")
+
+    monkeypatch.setattr("tempfile.mkdtemp", refused)
+    with pytest.raises(CheckpointError, match="out cannot be written: Permission denied. Choose another place."):
+        write(tmp_path / "out")
+
+
+def test_names_that_look_like_patterns(tmp_path):
+    """A stage that was left of `model1` is none of `model[1]`."""
+    stage = tmp_path / ".model1.clip-jax-left"
+    stage.mkdir()
+    (stage / "lock").touch()
+    make_checkpoint(stage / "old")
+    write(tmp_path / "model[1]")
+    assert (tmp_path / "model[1]" / "_CHECKPOINT_METADATA").read_text() == "new"
+    assert (stage / "old").is_dir()
+    with pytest.raises(CheckpointError, match="exists already"):
+        write(tmp_path / "model1")  # was put back
+
+
 def test_an_error_leaves_the_old_folder_and_no_new_one(tmp_path):
     make_checkpoint(tmp_path / "out")
     with (
@@ -87,7 +145,7 @@ def test_a_killed_process_leaves_the_old_folder_and_is_cleared_up_after(tmp_path
     code = textwrap.dedent(
         f"""
         import os, pathlib, signal
-        from clip_jax.params.staging import staged_folder
+        from clip_jax.params.staging import check_apart, path_of, staged_folder
         die = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
         out = pathlib.Path({str(tmp_path / "out")!r})
         with staged_folder(out, overwrite=True) as folder:
