@@ -22,7 +22,7 @@ from bench.cached import run_cache
 from bench.cold import run_cold
 from bench.contenders import CONTENDERS, ENVIRONMENTS
 from bench.environments import parse_pythons, run_helper
-from bench.host import ROOT, cores, git_state, host_facts
+from bench.host import ROOT, cores, git_state, host_facts, tell_noise
 from bench.interleave import PAUSE_S, WARMUP
 from bench.presets import COMPAT, PRECISIONS, PRESETS
 from bench.protocol import WorkerError
@@ -32,9 +32,6 @@ from bench.timings import SCHEMA
 from bench.workshop import Case, Workshop
 
 BENCHMARKS = ("encode", "compat", "cold", "cache")
-# Cores that other processes took while we timed. More than this, and the numbers are not worth publishing:
-# a threaded matmul that waits for a core it shares can be 20 times slower, and not all suffer alike.
-QUIET = 0.1
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -119,12 +116,7 @@ def _write(result: Mapping[str, Any], out: Path) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     for case in result["cases"]:
-        if case["other_cores"] > QUIET:
-            print(
-                f"Not quiet: other processes took {case['other_cores']} cores during {case['preset']} "
-                f"{case['precision']}. Do not publish this; repeat it on a quiet machine.",
-                file=sys.stderr,
-            )
+        tell_noise(case["other_cores"], f"{case['preset']} {case['precision']}")
     print(f"Wrote {out}. Show it with: python -m bench.report {out}")
 
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from bench.environments import missing
+from bench.environments import elsewhere, missing
 from bench.host import ROOT, busy_seconds
 from bench.protocol import Message, WorkerError
 from bench.stats import pairwise_ratio, summary
@@ -63,36 +63,34 @@ def run_cold(shop: Workshop, processes: Sequence[Process] = PROCESSES) -> dict[s
         for process in processes
         if (lacks := missing(shop.pythons[process.environment], process.packages))
     }
-    for name, reason in left_out.items():
-        print(f"{name} is left out: {reason}.", file=sys.stderr)
-    timed = [process for process in processes if process.name not in left_out]
-    if not timed:
-        raise WorkerError("there is nothing to time")
-    weights = shop.checkpoint(_PRESET)
-    runs: dict[str, list[Message]] = {process.name: [] for process in timed}
-    with (
-        tempfile.TemporaryDirectory(dir=shop.scratch) as cache,
-        tqdm(total=(1 + shop.repeats) * len(timed), unit="process", disable=None, leave=False) as bar,
-    ):
+    with tempfile.TemporaryDirectory(dir=shop.scratch) as cache:
+        ready = [process for process in processes if process.name not in left_out]
+        for process in ready:  # the first run fills the page cache and the folder of compiled programs
+            platform = _run(process, shop, cache)["platform"]
+            if reason := elsewhere(process.environment, platform, shop.platform):
+                left_out[process.name] = reason
+        for name, reason in left_out.items():
+            print(f"{name} is left out: {reason}.", file=sys.stderr)
+        timed = [process for process in ready if process.name not in left_out]
+        if not timed:
+            raise WorkerError("there is nothing to time")
         # In all orders: what a process leaves behind (memory that the system has to take back) hits all alike.
-        orders = itertools.cycle(itertools.permutations(timed))
-        for turn in range(1 + shop.repeats):  # the first fills the page cache and the folder of compiled programs
-            for process in next(orders):
-                bar.set_description(f"cold: {process.name}")
-                time.sleep(_PAUSE_S)
-                run = _run([shop.pythons[process.environment], "-m", process.module, str(weights)], process, cache)
-                if turn:
-                    runs[process.name].append(run)
-                bar.update()
+        orders = itertools.islice(itertools.cycle(itertools.permutations(timed)), shop.repeats)
+        turns = list(itertools.chain.from_iterable(orders))
+        runs: dict[str, list[Message]] = {process.name: [] for process in timed}
+        for process in tqdm(turns, desc="cold", unit="process", disable=None, leave=False):
+            runs[process.name].append(_run(process, shop, cache))
     return {"contenders": {p.name: _about(p, shop) for p in timed}, "left_out": left_out, "cases": [_case(runs)]}
 
 
-def _run(command: Sequence[str], process: Process, cache: str) -> Message:
+def _run(process: Process, shop: Workshop, cache: str) -> Message:
+    command = [shop.pythons[process.environment], "-m", process.module, str(shop.checkpoint(_PRESET))]
     env = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
     env.pop("JAX_COMPILATION_CACHE_DIR", None)
     if process.cached:
         # What compiles in less than a second would not be kept otherwise.
         env |= {"JAX_COMPILATION_CACHE_DIR": cache, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    time.sleep(_PAUSE_S)
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         busy, begin = busy_seconds(), time.perf_counter()
         started = subprocess.Popen(command, cwd=ROOT, env=env, stdout=out, stderr=err)
@@ -144,4 +142,4 @@ def _about(process: Process, shop: Workshop) -> Message:
         capture_output=True,
         text=True,
     )
-    return {"device": shop.device, "versions": json.loads(done.stdout)}
+    return {"platform": shop.platform, "device": shop.device, "versions": json.loads(done.stdout)}

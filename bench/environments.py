@@ -54,6 +54,16 @@ def unfit(contender: Contender, pythons: Mapping[str, str], platform: str) -> st
     return None
 
 
+def elsewhere(environment: str, platform: str, ours: str) -> str | None:
+    """Why what runs on `platform` in an environment is not held against ours; None if ours runs on the same."""
+    if platform == ours:
+        return None
+    found = f"it runs on {platform}, clip_jax on {ours}"
+    if ours == "cpu":
+        return f"{found}: install our extra for that (such as cuda12), or name an environment (--python clip_jax=PATH)"
+    return f"{found}: name an environment where it runs on {ours} (--python {environment}=PATH)"
+
+
 def run_helper(python: str, module: str, *arguments: object) -> str:
     """Runs a module once, and returns what it printed.
 

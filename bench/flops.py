@@ -1,7 +1,8 @@
 """Floating-point operations of the compiled program, beside those of running every tower whole.
 
 `python -m bench.flops` compiles all families at full size, without weights, and asks XLA's cost analysis. One prompt of
-up to 16 tokens, without a negative prompt; with guidance where the family has it.
+up to 16 tokens, without a negative prompt; with guidance where the family has it. Whole towers are every block of every
+tower, on the rows that diffusers runs.
 """
 
 from __future__ import annotations
@@ -50,15 +51,15 @@ def _program(family: Family) -> float:
     """Of one call as `TextEncoder` makes it."""
     lengths = {t.name: _SHORT if t.pooled_only else family.row_length(t, 77) for t in family.towers}
     ids = {name: _ids(1, length) for name, length in lengths.items()}
-    encoded = family.guidance and not family.zero_negative
+    encoded = _encodes_negative(family)
     tokens = Tokens(cond=ids, uncond=ids if encoded else None, zero_uncond=family.guidance and not encoded)
     return flops(lambda p, t: text_embeddings(p, t, family=family), abstract_params(family), tokens)
 
 
 def _towers(family: Family) -> float:
-    """Of every tower, every block and every row, for the negative prompt too."""
+    """Of every block of every tower, on the rows that diffusers runs."""
     params = abstract_params(family)
-    rows = 2 if family.guidance else 1
+    rows = 2 if _encodes_negative(family) else 1
     return sum(
         flops(
             lambda p, ids, tower=tower: model_of(tower.config).apply({"params": p}, ids).last_hidden_state,
@@ -67,6 +68,11 @@ def _towers(family: Family) -> float:
         )
         for tower in family.towers
     )
+
+
+def _encodes_negative(family: Family) -> bool:
+    """Whether no negative prompt is encoded as the empty one, by diffusers and by us, rather than being zeros."""
+    return family.guidance and not family.zero_negative
 
 
 def _ids(rows: int, length: int) -> jax.ShapeDtypeStruct:

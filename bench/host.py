@@ -5,10 +5,16 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+import sys
+import time
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+# Cores that other processes took while we timed. More than this, and the numbers are not worth publishing:
+# a threaded matmul that waits for a core it shares can be 20 times slower, and not all suffer alike.
+QUIET = 0.1
 
 
 def cores() -> int:
@@ -29,6 +35,27 @@ def busy_seconds() -> float:
     ticks = Path("/proc/stat").read_text().split(maxsplit=9)[1:9]
     user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, ticks)
     return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+
+
+def watch_others() -> Callable[[], float]:
+    """Of a process that times itself: what it returns tells how many cores others have taken since, on average."""
+    begin, busy, cpu = time.perf_counter(), busy_seconds(), time.process_time()
+
+    def other_cores() -> float:
+        others = busy_seconds() - busy - (time.process_time() - cpu)
+        return round(max(0.0, others / (time.perf_counter() - begin)), 2)
+
+    return other_cores
+
+
+def tell_noise(other_cores: float, during: str) -> None:
+    """Says so on stderr if the machine was not quiet."""
+    if other_cores > QUIET:
+        print(
+            f"Not quiet: other processes took {other_cores} cores during {during}. "
+            "Do not publish this; repeat it on a quiet machine.",
+            file=sys.stderr,
+        )
 
 
 def host_facts() -> dict[str, object]:

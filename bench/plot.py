@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.timings import number
+from bench.timings import number, title
 
 _OURS, _PEER = "#d1495b", "#8d99ae"
 _UNITS = {"encode": ("ms", 1), "compat": ("ms", 1), "cold": ("s", 1e-3), "cache": ("µs", 1e3)}
@@ -42,7 +42,7 @@ def draw(result: Mapping[str, Any], out: Path) -> None:
         axis.invert_yaxis()
         axis.margins(x=0.2)
         axis.spines[["top", "right"]].set_visible(False)
-        axis.set_title(f"{case['preset']}, {case['precision']}, batch {case['batch']}")
+        axis.set_title(title(result, case))
         axis.set_xlabel(f"{unit}, lower is faster")
     devices = dict.fromkeys(about["device"] for about in result["contenders"].values())
     figure.suptitle(f"{result['benchmark']}: {' / '.join(devices)}, {result['date'][:10]}")

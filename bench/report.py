@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from bench import summary, timings
 from bench.host import ROOT
-from bench.timings import SCHEMA, number
+from bench.timings import SCHEMA, listed, number
 
 
 class ReportError(Exception):
@@ -82,7 +82,7 @@ def _render_errors(result: Mapping[str, Any], source: str) -> str:
         )
     return (
         f"{_table(rows)}\n\nfloat32, on CPU ({result['machine']}), {result['date']}; "
-        f"{_versions({'Python': result['python'], **result['versions']})}; `{source}`."
+        f"{listed({'Python': result['python'], **result['versions']})}; `{source}`."
     )
 
 
@@ -95,7 +95,7 @@ def _render_peaks(result: Mapping[str, Any], source: str) -> str:
     return (
         f"{_table(rows)}\n\nAnonymous memory of the process, without the page cache; {model['family']} with "
         f"{model['parameters']:,} random parameters in {model['dtype']}, {model['mib']:,.0f} MiB; "
-        f"{_versions({'Python': result['python'], **result['versions']})}; {result['date'][:10]}; `{source}`."
+        f"{listed({'Python': result['python'], **result['versions']})}; {result['date'][:10]}; `{source}`."
     )
 
 
@@ -106,7 +106,7 @@ def _render_formats(result: Mapping[str, Any], source: str) -> str:
     for name, measured in result["formats"].items():
         share = (measured["peak_mib"] - measured["before_mib"]) / measured["params_mib"]
         rows.append([name, *(f"{measured[size]:,.0f}" for size in sizes), f"{share:.0%}"])
-    versions = _versions({"Python": result["python"], **result["versions"]})
+    versions = listed({"Python": result["python"], **result["versions"]})
     return (
         f"{_table(rows)}\n\nAnonymous memory of the process that converts, without the page cache; random weights of "
         f"the full size; {versions}; {result['date'][:10]}; `{source}`."
@@ -120,8 +120,9 @@ def _render_flops(result: Mapping[str, Any], source: str) -> str:
         rows.append([name, f"{program / 1e9:,.1f}", f"{towers / 1e9:,.1f}", f"{program / towers:.0%}"])
     return (
         f"{_table(rows)}\n\nXLA's cost analysis of the compiled program, on CPU; one prompt of 9 to 16 tokens and no "
-        f"negative prompt, with guidance but for flux; "
-        f"{_versions({'Python': result['python'], **result['versions']})}; `{source}`."
+        f"negative prompt, with guidance but for flux; towers whole: every block of every tower, on the rows that "
+        f"diffusers runs; "
+        f"{listed({'Python': result['python'], **result['versions']})}; `{source}`."
     )
 
 
@@ -133,7 +134,7 @@ def _render_quantized(result: Mapping[str, Any], source: str) -> str:
         for scheme, found in schemes.items():
             size = [f"{found['bytes'] / 1e6:,.1f}", f"{found['bytes'] / whole:.0%}"]
             rows.append([name, scheme, *size, *_quantized_errors(found)])
-    versions = _versions({"Python": result["python"], **result["versions"]})
+    versions = listed({"Python": result["python"], **result["versions"]})
     return (
         f"{_table(rows)}\n\nOf `prompt_embeds` against float32, token by token, over {result['prompts']} prompts; "
         f"random weights of the full size, on {result['device'].upper()} ({result['machine']}); int4 as half a byte; "
@@ -161,10 +162,12 @@ def _render_scan(result: Mapping[str, Any], source: str) -> str:
                 f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})",
             ]
         )
+    others = [case["other_cores"] for case in result["scan"] if "other_cores" in case]  # once it was not recorded
+    noise = f", at most {max(others)} CPU cores taken by others" if others else ""
     return (
-        f"{_table(rows)}\n\nIds [2, 77] to the last hidden state, {result['device']}; random weights; medians of "
-        f"{result['rounds']} interleaved calls, and of their ratios, below 1 the unrolled blocks are faster; "
-        f"{_versions(result['versions'])}; {result['date'][:10]}; `{source}`."
+        f"{_table(rows)}\n\nIds [2, 77] to the last hidden state, {result['device']}{noise}; random weights; medians "
+        f"of {result['rounds']} interleaved calls, and of their ratios, below 1 the unrolled blocks are faster; "
+        f"{listed(result['versions'])}; {result['date'][:10]}; `{source}`."
     )
 
 
@@ -211,11 +214,6 @@ def main(argv: Sequence[str] | None = None) -> None:
                 )
     except (OSError, ReportError) as error:
         sys.exit(f"bench.report: {error}")
-
-
-def _versions(versions: Mapping[str, str]) -> str:
-    python, *others = (f"{name} {version}" for name, version in versions.items())
-    return f"{', '.join(others)} on {python}"
 
 
 _README, _BENCH = "README.md", "bench/README.md"

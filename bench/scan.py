@@ -21,7 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 import clip_jax
-from bench.host import cpu_model, git_state, versions
+from bench.host import cpu_model, git_state, tell_noise, versions, watch_others
 from bench.presets import clip_ids
 from bench.stats import pairwise_ratio, summary
 from clip_jax.config import ClipTextConfig
@@ -52,6 +52,8 @@ def main() -> None:
         "scan": [_measure(*case) for case in tqdm(cases, disable=None, desc="Towers")],
     }
     arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    for case in result["scan"]:
+        tell_noise(case["other_cores"], f"{case['family']} {case['dtype']}")
 
 
 def programs(config: ClipTextConfig, dtype: str) -> dict[str, _Program]:
@@ -90,9 +92,19 @@ def _measure(family: str, dtype: str) -> dict[str, Any]:
         warnings.simplefilter("ignore", UserWarning)  # that the weights are random
         encoder = clip_jax.load(f"random:{family}", dtype=dtype, progress=False)
     config, params = encoder.config[_TOWERS[family]], encoder.params[_TOWERS[family]]
+    # jax's default is less than float32 on accelerators. No difference on a CPU.
+    whole = dtype == "float32" and jax.default_backend() != "cpu"
+    with jax.default_matmul_precision("highest" if whole else None):
+        times = _times(config, params, dtype)
+    return {"family": family, "dtype": dtype, "layers": config.num_hidden_layers, **times}
+
+
+def _times(config: ClipTextConfig, params: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """Of both ways, interleaved, on the params of a tower; and how far what they compute is apart."""
     ids = jnp.asarray(clip_ids(2))
     given = {"unrolled": params, "scan": jax.block_until_ready(stacked(params))}
     compiled = {name: jax.jit(program) for name, program in programs(config, dtype).items()}
+    other_cores = watch_others()
     first_s, out = {}, {}
     for name, program in compiled.items():
         begin = time.perf_counter()
@@ -107,9 +119,7 @@ def _measure(family: str, dtype: str) -> dict[str, Any]:
             if turn >= _WARMUP:
                 ms[name].append(round(1e3 * (time.perf_counter() - begin), 3))
     return {
-        "family": family,
-        "dtype": dtype,
-        "layers": config.num_hidden_layers,
+        "other_cores": other_cores(),
         "max_difference": float(difference),
         "first_call_s": first_s,
         "ms": {name: {**summary(times), "samples": times} for name, times in ms.items()},

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from bench.compare import error
 from bench.contenders import Contender
-from bench.environments import unfit
+from bench.environments import elsewhere, unfit
 from bench.interleave import take_turns
 from bench.protocol import LeftOut, Message, Worker, WorkerError
 from bench.stats import pairwise_ratio, summary
@@ -119,11 +119,12 @@ class _Run:
 
     @contextlib.contextmanager
     def seat(self, one: Contender, request: Message) -> Iterator[Worker]:
-        """A worker that has made its model, and whose first output is compared."""
+        """A worker that has made its model where ours runs, and whose first output is compared."""
         with Worker(one.name, (self.shop.pythons[one.environment], "-m", one.worker)) as worker:
-            entry = worker.start(request)
-            entry["error"] = error(_read(request), self.reference)
-            self.entries[one.name] = entry
+            entry, outputs = worker.start(request), _read(request)
+            if reason := elsewhere(one.environment, entry["about"]["platform"], self.shop.platform):
+                raise LeftOut(reason)
+            self.entries[one.name] = {**entry, "error": error(outputs, self.reference)}
             yield worker
 
     def turns(self, ours: Sequence[Worker], peer: Worker | None = None) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from bench.timings import compared, number, when, where
+from bench.timings import compared, fewer, listed, number, when, where
 
 _Json = Mapping[str, Any]
 
@@ -32,11 +32,18 @@ def rows(result: _Json) -> list[list[str]]:
 
 def caption(result: _Json, source: str) -> str:
     """What the table shows, and where the rest is."""
+    ours = [result["contenders"][name]["versions"] for name in compared(result)[:1]]  # all have one environment
+    facts = [
+        where(result),
+        *(f"ours with {listed({key: versions[key] for key in ('python', 'jax')})}" for versions in ours),
+        when(result),
+        f"`{source}`",
+    ]
     return (
         "Guidance pairs of token ids to embeddings: our time, and that divided by each peer's in the same precision; "
-        f"below 1 ours is faster. Medians of {result['settings']['repeats']} interleaved warm calls with each peer, "
-        f"and of their ratios; {where(result)}; {when(result)}; `{source}`. "
-        "Spread, errors, first calls, memory, versions: [bench/README.md](bench/README.md#results)."
+        f"below 1 ours is faster. Medians of {result['settings']['repeats']} interleaved warm calls with each peer"
+        f"{fewer(result)}, and of their ratios; {'; '.join(facts)}. "
+        "Spread, errors, first calls, memory, versions of all: [bench/README.md](bench/README.md#results)."
     )
 
 

@@ -59,20 +59,36 @@ def when(result: _Json) -> str:
     return f"{result['date'][:10]}, {commit}{' with uncommitted changes' if result['dirty'] else ''}"
 
 
+def listed(versions: Mapping[str, str]) -> str:
+    """Of Python, which comes first, and of packages."""
+    python, *others = (f"{name} {version}" for name, version in versions.items())
+    return f"{', '.join(others)} on {python}"
+
+
+def fewer(result: _Json) -> str:
+    """That larger batches have fewer calls, where there are any."""
+    return " (fewer of larger batches)" if max(case["batch"] for case in result["cases"]) > 1 else ""
+
+
+def title(result: _Json, case: _Json) -> str:
+    """A case, for people."""
+    unit, batch = "row" if result["benchmark"] == "compat" else "pair", case["batch"]
+    return f"{case['preset']}, {case['precision']}, {batch} {unit}{'s' if batch > 1 else ''}"
+
+
 def caption(result: _Json, source: str) -> str:
     """What the table shows, where it was measured and with what, and who is left out and why."""
     others = max(case["other_cores"] for case in result["cases"])
     facts = [
         f"{where(result)}, at most {others} of them taken by others",
-        *dict.fromkeys(_versions(about["versions"]) for about in result["contenders"].values()),
+        *dict.fromkeys(listed(about["versions"]) for about in result["contenders"].values()),
         when(result),
         f"`{source}`",
     ]
     settings = result["settings"]
-    fewer = " (fewer of larger batches)" if max(case["batch"] for case in result["cases"]) > 1 else ""
     text = (
         f"{_WHAT[result['benchmark']]} Weights: {settings['weights']}. {settings['repeats']} interleaved "
-        f"{_UNIT[result['benchmark']]}{fewer}: "
+        f"{_UNIT[result['benchmark']]}{fewer(result)}: "
         f"median (quartiles); ratio: median (min to max) of the pairwise ratios {_ratio_of(result)}. "
         f"{'; '.join(facts)}."
     )
@@ -90,8 +106,7 @@ def caption(result: _Json, source: str) -> str:
 def _left_out(result: _Json) -> list[str]:
     reasons = [f"{name} ({reason})" for name, reason in result["left_out"].items()]
     for case in result["cases"]:
-        where = f"{case['preset']} {case['precision']}, batch {case['batch']}"
-        reasons += [f"{name} of {where} ({reason})" for name, reason in case["left_out"].items()]
+        reasons += [f"{name} of {title(result, case)} ({reason})" for name, reason in case["left_out"].items()]
     return reasons
 
 
@@ -102,11 +117,6 @@ def _ratio_of(result: _Json) -> str:
     if len(names) > 1:
         return "of one of ours and the other, below 1 ours is faster"
     return f"of {names[0]} and the other, below 1 {names[0]} is faster"
-
-
-def _versions(versions: Mapping[str, str]) -> str:
-    python, *others = (f"{name} {version}" for name, version in versions.items())
-    return f"{', '.join(others)} on {python}"
 
 
 def number(value: float) -> str:
@@ -156,7 +166,7 @@ _PRESET = ("preset", "---", lambda row: row.case["preset"])
 _NAME = ("contender", "---", lambda row: row.name)
 _RATIO = ("ratio", "---:", _ratio(""))  # stands for one or more: `_expanded`
 _RELATIVE = ("relative error", "---:", _error("relative", ".1e"))
-_PEAK = ("peak, MiB", "---:", _field("peak_rss_mib"))
+_PEAK = ("peak RSS, MiB", "---:", _field("peak_rss_mib"))
 _AFTER_PAUSE = ("after a pause, ms", "---:", _spread(1, "after_pause_ms"))
 _FIRST = ("first call, s", "---:", _field("first_call_s"))
 

@@ -21,6 +21,7 @@ def start_jax(precision: str, *packages: str) -> dict[str, Any]:
         # jax's default is less than float32 on accelerators, torch's is not. No difference on a CPU.
         jax.config.update("jax_default_matmul_precision", "highest")
     return {
+        "platform": device.platform,
         "device": _name(device),
         "threads": cores(),
         "versions": versions(*packages, "jax", "jaxlib"),

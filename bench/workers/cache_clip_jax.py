@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from bench.host import busy_seconds
+from bench.host import watch_others
 from bench.interleave import PAUSE_S, WARMUP
 from bench.workers.about import start_jax
 
@@ -45,7 +45,7 @@ def main(weights: str, repeats: int) -> None:
         "the same call again": (the_same, _AT_ONCE),
     }
     ms: dict[str, list[float]] = {name: [] for name in calls}
-    begin, busy, cpu = time.perf_counter(), busy_seconds(), time.process_time()
+    other_cores = watch_others()
     for turn in range(WARMUP + repeats):
         for name, (call, times) in calls.items():
             time.sleep(PAUSE_S)
@@ -53,8 +53,7 @@ def main(weights: str, repeats: int) -> None:
             call(turn)
             if turn >= WARMUP:
                 ms[name].append(round(1e3 * (time.perf_counter() - start) / times, 5))
-    wall, busy, cpu = time.perf_counter() - begin, busy_seconds() - busy, time.process_time() - cpu
-    print(json.dumps({"about": about, "ms": ms, "other_cores": round(max(0.0, (busy - cpu) / wall), 2)}))
+    print(json.dumps({"about": about, "ms": ms, "other_cores": other_cores()}))
 
 
 if __name__ == "__main__":

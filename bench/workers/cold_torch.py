@@ -21,4 +21,5 @@ ids = tokenizer(prompts, padding="max_length", max_length=77, truncation=True, r
 with torch.inference_mode():
     model(ids.to(device)).last_hidden_state.cpu()
 done = time.perf_counter()
-print(json.dumps({"import_s": imported - begin, "load_s": loaded - imported, "first_call_s": done - loaded}))
+seconds = {"import_s": imported - begin, "load_s": loaded - imported, "first_call_s": done - loaded}
+print(json.dumps({"platform": "gpu" if device == "cuda" else "cpu", **seconds}))

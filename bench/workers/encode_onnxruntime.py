@@ -27,7 +27,12 @@ def start(case: Message) -> Model:
     def arrays(outputs: list[np.ndarray]) -> dict[str, np.ndarray]:
         return dict(zip(names, outputs, strict=True))
 
-    about = {"device": cpu_model(), "threads": cores(), "versions": versions("onnxruntime", "torch", "transformers")}
+    about = {
+        "platform": "cpu",
+        "device": cpu_model(),
+        "threads": cores(),
+        "versions": versions("onnxruntime", "torch", "transformers"),
+    }
     return Model({"about": about, "load_s": round(load_s, 3)}, call, arrays)
 
 

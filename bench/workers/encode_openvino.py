@@ -35,6 +35,7 @@ def start(case: Message) -> Model:
         return {name: np.array(x) for name, x in zip(names, outputs, strict=True)}
 
     about = {
+        "platform": "cpu",
         "device": cpu_model(),
         "threads": cores(),
         "versions": versions("openvino", "nncf", "torch", "transformers"),

@@ -6,4 +6,5 @@ import sys
 
 assert sys.argv[1].endswith("sd15/weights")
 print("chatter")
-print(json.dumps({"import_s": 0.1, "load_s": 0.2, "first_call_s": 1 + ("JAX_COMPILATION_CACHE_DIR" in os.environ)}))
+seconds = {"import_s": 0.1, "load_s": 0.2, "first_call_s": 1 + ("JAX_COMPILATION_CACHE_DIR" in os.environ)}
+print(json.dumps({"platform": "cpu", **seconds}))

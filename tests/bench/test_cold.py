@@ -29,19 +29,20 @@ def test_processes_take_turns(shop, monkeypatch):
     assert plain["peak_rss_mib"] > 0
     assert {first: set(others) for first, others in case["ratios"].items()} == {"cached": {"plain"}}
     assert "numpy" in result["contenders"]["plain"]["versions"]
+    assert result["contenders"]["plain"]["platform"] == "cpu"
 
 
 def test_they_take_turns_in_all_orders(shop, monkeypatch):
     started = []
     run = cold._run
 
-    def noted(command, process, cache):
+    def noted(process, shop, cache):
         started.append(process.name)
-        return run(command, process, cache)
+        return run(process, shop, cache)
 
     monkeypatch.setattr(cold, "_run", noted)
     run_cold(shop, [CACHED, PLAIN])
-    assert started == ["cached", "plain", "plain", "cached", "cached", "plain"]
+    assert started == ["cached", "plain", "cached", "plain", "plain", "cached"]  # the first of each does not count
 
 
 def test_a_process_that_fails_ends_the_run(shop):
@@ -57,6 +58,21 @@ def test_missing_packages_leave_a_process_out(shop):
     assert list(result["cases"][0]["contenders"]) == ["plain"]
     with pytest.raises(WorkerError, match="nothing to time"):
         run_cold(shop, [lacking])
+
+
+def test_a_process_that_runs_elsewhere_is_left_out_and_told(shop, monkeypatch, capsys):
+    run = cold._run
+
+    def on_a_gpu(process, *rest):
+        return run(process, *rest) | ({"platform": "gpu"} if process.name == "cached" else {})
+
+    monkeypatch.setattr(cold, "_run", on_a_gpu)
+    result = run_cold(shop, [PLAIN, CACHED])
+    assert result["left_out"]["cached"].startswith("it runs on gpu, clip_jax on cpu: install our extra")
+    assert list(result["contenders"]) == list(result["cases"][0]["contenders"]) == ["plain"]
+    assert "cached is left out: it runs on gpu" in capsys.readouterr().err
+    with pytest.raises(WorkerError, match="nothing to time"):
+        run_cold(shop, [CACHED])
 
 
 def test_ours_comes_first():

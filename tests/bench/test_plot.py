@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from bench.timings import title
 from tests.bench.fakes import RESULT
 
 
@@ -15,3 +16,15 @@ def test_a_picture_beside_the_result(cases, tmp_path):
     path.write_text(json.dumps({**RESULT, "cases": (RESULT["cases"] * 2)[:cases]}))
     plot.main([str(path)])
     assert (tmp_path / "encode-some-cpu.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "batch", "expected"),
+    [
+        ("encode", 8, "sd15, float32, 8 pairs"),
+        ("cold", 1, "sd15, float32, 1 pair"),
+        ("compat", 1, "sd15, float32, 1 row"),
+    ],
+)
+def test_titles_say_what_a_batch_is_of(benchmark, batch, expected):
+    assert title({"benchmark": benchmark}, {**RESULT["cases"][0], "batch": batch}) == expected

@@ -12,7 +12,7 @@ from tests.bench.fakes import RESULT
 START, END = "<!-- bench:encode -->", "<!-- /bench:encode -->"
 TABLE = """\
 | preset | precision | pairs | contender | ms | ratio | prompts/s | after a pause, ms | relative error | least cosine \
-| first call, s | peak, MiB | of the ceiling |
+| first call, s | peak RSS, MiB | of the ceiling |
 | --- | --- | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
 | sd15 | float32 | 8 | clip_jax | 50.0 (50.0 to 51.0) |  | 320 | 1,050 (1,050 to 1,051) | 0.0e+00 | 1.00000 | 1.50 | \
 1,234 | 80% |
@@ -26,7 +26,7 @@ ratios of clip_jax and the other, below 1 clip_jax is faster. Some CPU, 4 CPU co
 others; clip-jax-text 0.1.0, jax 0.12.0 on python 3.14.1; torch 2.13.0 on python 3.11.7; 2026-01-02, commit 0123456; \
 `run.json`. The ceiling is what was measured in the same run: products of square matrices at 1,234 in float32, 5,000 \
 in int8 (thousand million operations per second), 20 GB/s of memory. Left out: OpenVINO (nncf not installed); torch \
-compiled of sd15 float32, batch 8 (ended with exit code 1); clip_jax of sdxl int8, batch 1 (this clip_jax does not \
+compiled of sd15, float32, 8 pairs (ended with exit code 1); clip_jax of sdxl, int8, 1 pair (this clip_jax does not \
 quantise)."""
 RATIOS = """\
 | preset | precision | pairs |  | ms | torch eager |
@@ -34,9 +34,9 @@ RATIOS = """\
 | sd15 | float32 | 8 | clip_jax | 50.0 | 0.50 |
 
 Guidance pairs of token ids to embeddings: our time, and that divided by each peer's in the same precision; below 1 \
-ours is faster. Medians of 15 interleaved warm calls with each peer, and of their ratios; Some CPU, 4 CPU cores; \
-2026-01-02, commit 0123456; `run.json`. Spread, errors, first calls, memory, versions: \
-[bench/README.md](bench/README.md#results)."""
+ours is faster. Medians of 15 interleaved warm calls with each peer (fewer of larger batches), and of their ratios; \
+Some CPU, 4 CPU cores; ours with jax 0.12.0 on python 3.14.1; 2026-01-02, commit 0123456; `run.json`. Spread, errors, \
+first calls, memory, versions of all: [bench/README.md](bench/README.md#results)."""
 DOCUMENT = f"# Title\n\n{START}\nold\n{END}\n\nMore text.\n"
 
 
@@ -77,6 +77,12 @@ def test_the_short_table_has_a_row_for_each_of_ours_and_a_column_for_each_peer()
     ]
 
 
+def test_the_short_table_tells_of_fewer_calls_only_where_there_are_fewer():
+    case = copy.deepcopy(RESULT["cases"][0]) | {"batch": 1}
+    caption = tables({**RESULT, "cases": [case]}, "run.json")[1].text.splitlines()[-1]
+    assert "warm calls with each peer, and of their ratios;" in caption
+
+
 def test_outside_a_commit_with_nothing_left_out():
     result = copy.deepcopy(RESULT) | {"commit": None, "dirty": True, "left_out": {}, "cases": RESULT["cases"][:1]}
     result["cases"] = [{**RESULT["cases"][0], "left_out": {}}]
@@ -90,13 +96,13 @@ def test_outside_a_commit_with_nothing_left_out():
     [
         (
             "compat",
-            "| preset | contender | ms | ratio | after a pause, ms | first call, s | peak, MiB | relative error |",
+            "| preset | contender | ms | ratio | after a pause, ms | first call, s | peak RSS, MiB | relative error |",
             "| clip_l | torch eager | 100 (90.0 to 1,234) | 0.50 (0.46 to 1.20) | 1,100 (1,090 to 2,234) | 1.50 | "
             "1,234 | 1.2e-02 |",
         ),
         (
             "cold",
-            "| preset | contender | whole process, s | ratio | import, s | load, s | first call, s | peak, MiB |",
+            "| preset | contender | whole process, s | ratio | import, s | load, s | first call, s | peak RSS, MiB |",
             "| clip_l | torch eager | 0.10 (0.09 to 1.23) | 0.50 (0.46 to 1.20) | 3.00 | 0.25 | 1.50 | 1,234 |",
         ),
         (
@@ -170,7 +176,26 @@ def test_the_scan_is_in_the_document_of_the_benchmarks():
     assert places(SCAN) == [("bench:scan", "bench/README.md")]
     lines = render(SCAN, "scan.json").splitlines()
     assert lines[2] == "| sd15, float32 | 12 | 1.23 | 0.50 | 80.0 | 100 | 0.80 (0.75 to 0.90) |"
-    assert "Some CPU" in lines[-1]
+    assert "Some CPU; random weights" in lines[-1]
+
+
+def test_the_scan_tells_how_many_cores_others_took():
+    cases = [{**SCAN["scan"][0], "other_cores": cores} for cores in (0.02, 0.04)]
+    text = render({**SCAN, "scan": cases}, "scan.json")
+    assert "Some CPU, at most 0.04 CPU cores taken by others; random weights" in text
+
+
+FLOPS = {
+    "python": "3.11.7",
+    "versions": {"jax": "0.1"},
+    "flops": {"sdxl": {"program": 1e11, "towers": 1.25e11}},
+}
+
+
+def test_operations_are_held_against_what_diffusers_runs():
+    *_, row, _, caption = render(FLOPS, "flops.json").splitlines()
+    assert row == "| sdxl | 100.0 | 125.0 | 80% |"
+    assert "towers whole: every block of every tower, on the rows that diffusers runs;" in caption
 
 
 def test_another_schema_is_refused():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import numpy as np
 import pytest
@@ -115,6 +116,26 @@ def test_a_peer_that_fails_is_left_out_and_told(shop, fields, reason, capsys):
     assert set(case["contenders"]) == {"ours", "peer"}
     assert compared(case) == {"ours": {"peer"}}
     assert "sd15 float32 x1: bad is left out: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("ours", "platform", "reason"),
+    [
+        ("cpu", "gpu", r"it runs on gpu, clip_jax on cpu: install our extra .*cuda12.*\(--python clip_jax=PATH\)"),
+        ("gpu", "cpu", r"it runs on cpu, clip_jax on gpu: name an environment .*\(--python torch=PATH\)"),
+    ],
+)
+def test_a_peer_that_runs_elsewhere_is_left_out_and_told(shop, ours, platform, reason, capsys):
+    shop = dataclasses.replace(shop, platform=ours)
+    first = dataclasses.replace(OURS, options={"platform": ours})
+    bad, good = (contender(name, options={"platform": at}) for name, at in (("bad", platform), ("good", ours)))
+    result = run_cases([first, bad, good], [CASE], shop)
+    (case,) = result["cases"]
+    assert list(case["left_out"]) == ["bad"]
+    assert re.match(reason, case["left_out"]["bad"])
+    assert compared(case) == {"ours": {"good"}}
+    assert result["contenders"]["good"]["platform"] == ours
+    assert re.search(f"bad is left out: {reason}", capsys.readouterr().err)
 
 
 def test_outputs_of_another_shape_are_not_compared(shop, monkeypatch):

@@ -1,0 +1,58 @@
+"""What torch's first call is made of; torch itself is replaced."""
+
+import sys
+import types
+
+import pytest
+
+from bench.workers import encode_torch
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """What has been run, in order; models and programs take any ids."""
+    seen = []
+
+    class Towers:
+        towers = (types.SimpleNamespace(config=types.SimpleNamespace(_attn_implementation="sdpa")),)
+
+        def __init__(self, folder, dtype): ...
+
+        def to(self, device):
+            return self
+
+        def __call__(self, ids):
+            seen.append("eager")
+
+    torch = types.SimpleNamespace(
+        cuda=types.SimpleNamespace(is_available=lambda: False),
+        device=str,
+        float32="float32",
+        tensor=lambda ids, device: ids,
+        compile=lambda model, **_: lambda ids: seen.append("compiled"),
+        inference_mode=lambda: lambda function: function,
+        get_num_threads=lambda: 1,
+    )
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    monkeypatch.setitem(sys.modules, "bench.workers.towers", types.SimpleNamespace(Towers=Towers))
+    monkeypatch.setattr(encode_torch, "versions", lambda *_: {})
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("compiled", "expected"), [(True, ["eager", "compiled", "compiled"]), (False, ["eager", "eager"])]
+)
+def test_what_compiling_needs_is_a_part_of_the_first_call(calls, compiled, expected):
+    case = {
+        "preset": "sd15",
+        "precision": "float32",
+        "checkpoint": "folder",
+        "ids": [[1]],
+        "options": {"compiled": compiled},
+    }
+    model = encode_torch.start(case)
+    assert calls == []
+    model.call()
+    model.call()
+    assert calls == expected
+    assert model.facts["about"]["platform"] == "cpu"
