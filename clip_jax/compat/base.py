@@ -22,7 +22,7 @@ from clip_jax.compat.outputs import ModelOutput
 from clip_jax.compat.pretrained import Shardings, load_pretrained, save_pretrained
 from clip_jax.config import TowerConfig
 from clip_jax.convert.hub import Access
-from clip_jax.errors import ClipJaxError
+from clip_jax.errors import ClipJaxError, ConfigError
 from clip_jax.models import ClipTextModel, T5Encoder, intercepted
 from clip_jax.params.cast import float_dtype
 from clip_jax.params.shapes import check_shapes, flatten, param_shapes, unflatten
@@ -44,7 +44,8 @@ class FlaxPreTrainedModel:
     """Base class of the models; not to be made itself.
 
     Attributes:
-        config: A config object of transformers as it was passed, else an `HfConfig` with the same fields.
+        config: A config object of transformers as it was passed, else an `HfConfig` with the same fields. What is set
+            in it afterwards ("output_hidden_states") changes what is returned, not what is computed.
         module: The Linen module: `model.module.apply({"params": params}, input_ids)`.
         dtype: Of the computation.
         input_shape: [B, L] of the ids that `init_weights` is told at first.
@@ -114,7 +115,7 @@ class FlaxPreTrainedModel:
         Args:
             pretrained_model_name_or_path: A folder with `config.json`, or a repo id.
             dtype: Of the computation, as a dtype or its name.
-            config: To use instead of the one in the folder.
+            config: To use instead of the one in the folder, with all that is to be set in it.
             subfolder: Of the folder or the repo, such as "text_encoder".
             shardings: Where the params go, each read straight to its parts: one sharding for all, a tree of
                 shardings like that of the params, or a function of a parameter's path
@@ -127,10 +128,15 @@ class FlaxPreTrainedModel:
             input_shape: As in the constructor.
             seed: As in the constructor.
             _do_init: False returns `(model, params)`, and the model holds no params.
-            **kwargs: Fields of the config to set ("output_hidden_states").
+            **kwargs: Fields of the config to set before the model is built: what it returns ("output_hidden_states")
+                and what it computes ("num_hidden_layers", "hidden_act"). Only without `config`, as with the old
+                classes.
+
+        Warns:
+            UserWarning: The weights have more blocks than the config asks for; the last ones are left aside.
 
         Raises:
-            CheckpointError: Not found, not whole, or the weights of another model.
+            CheckpointError: Not found, not whole, or the weights of another model, or of one with fewer blocks.
             ConfigError: Another kind of model, or one that cannot be honoured.
             ClipJaxError: An unknown argument, or shardings that do not fit the params.
         """
@@ -147,14 +153,8 @@ class FlaxPreTrainedModel:
         fields = {name: value for name, value in kwargs.items() if name not in _WITHOUT_EFFECT}
         if shardings is None and not _do_init:
             shardings = _host()
-        loaded = load_pretrained(pretrained_model_name_or_path, cls.architecture, config, access, shardings)
+        loaded = load_pretrained(pretrained_model_name_or_path, cls.architecture, config, fields, access, shardings)
         model = cls(loaded.config, input_shape, seed, dtype, _do_init=False)
-        for name, value in fields.items():
-            if not hasattr(model.config, name):
-                raise ClipJaxError(
-                    f"{cls.__name__}.from_pretrained has no argument {name!r}, and its config no such field."
-                )
-            setattr(model.config, name, value)
         if not _do_init:
             return model, loaded.params
         model._is_initialized = True
@@ -175,13 +175,20 @@ class FlaxPreTrainedModel:
         These, diffusers, `clip_jax.load` and `from_pretrained` read them. There is one file whatever its size.
 
         Raises:
-            ClipJaxError: `push_to_hub`, or msgpack (`safe_serialization=False`), or params that are not the model's.
-            CheckpointError: The folder cannot be written; what was in it stays.
+            ClipJaxError: `push_to_hub`, or msgpack (`safe_serialization=False`).
+            ConfigError: `config` was changed so that it tells of another model.
+            CheckpointError: Params that are missing, of another shape, or not the model's (those of a LoRA); or the
+                folder cannot be written. What was in it stays.
         """
         if push_to_hub:
             raise ClipJaxError("push_to_hub is not offered: huggingface_hub.upload_folder uploads what is written.")
         if not safe_serialization:
             raise ClipJaxError("Only safetensors are written: leave out safe_serialization=False.")
+        if tower_config(self.config, self.architecture) != self._tower:
+            raise ConfigError(
+                "model.config was changed after the model was made from it, and would tell of another model than the "
+                "params are of. Set such fields by from_pretrained, or make a model from this config."
+            )
         params = self.params if params is None else params
         self.config.architectures = [self.architecture]
         save_pretrained(save_directory, self.config, self._tower, params)

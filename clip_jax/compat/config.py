@@ -11,11 +11,18 @@ from pathlib import Path
 from typing import Any
 
 from clip_jax.config import ClipTextConfig, TowerConfig, config_from_hf
-from clip_jax.errors import ConfigError
+from clip_jax.errors import ClipJaxError, ConfigError
 
 _RUN_TIME = {"output_attentions": False, "output_hidden_states": False, "return_dict": True}
 # What transformers takes for dropout where a config does not say.
 _DROPOUT = {"t5": {"dropout_rate": 0.1}, "clip_text_model": {"attention_dropout": 0.0}}
+# Names that transformers' T5Config takes for its own, too (its `attribute_map`).
+_T5_ALIASES = {
+    "hidden_size": "d_model",
+    "num_attention_heads": "num_heads",
+    "num_hidden_layers": "num_layers",
+    "head_dim": "d_kv",
+}
 
 
 class HfConfig:
@@ -59,6 +66,34 @@ def shown_config(config: Any, tower: TowerConfig) -> Any:
     ours = tower.to_hf()
     kind = ours["model_type"]
     return HfConfig(**(_DROPOUT[kind] | ours | fields | {"model_type": kind}))
+
+
+def with_fields(config: Mapping[str, Any], architecture: str, fields: Mapping[str, Any]) -> HfConfig:
+    """What `model.config` is for a `config.json`, with fields set that `from_pretrained` was given.
+
+    They are set before a model is made from it, as `PretrainedConfig.from_dict` of transformers 4 does, so that they
+    say what is computed.
+
+    Args:
+        config: The dict of a `config.json`.
+        architecture: As in `tower_config`.
+        fields: Name -> value.
+
+    Raises:
+        ConfigError: As in `tower_config`.
+        ClipJaxError: The config has no such field.
+    """
+    tower = tower_config(config, architecture)
+    shown: HfConfig = shown_config(config, tower)
+    aliases = {} if isinstance(tower, ClipTextConfig) else _T5_ALIASES
+    for name, value in fields.items():
+        own = aliases.get(name, name)
+        if own not in vars(shown):
+            raise ClipJaxError(
+                f"Flax{architecture}.from_pretrained has no argument {name!r}, and its config no such field."
+            )
+        setattr(shown, own, value)
+    return shown
 
 
 def tower_config(config: Any, architecture: str) -> TowerConfig:
