@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Iterable
 
 import jax
 import numpy as np
 
 from clip_jax.config import ClipTextConfig
-from clip_jax.families import Family
+from clip_jax.errors import ClipJaxError
+from clip_jax.families import Family, Tower
 from clip_jax.structs import TextEmbeddings, Tokens
 
 BATCHES = (1, 2, 4, 8, 16, 32)
@@ -24,14 +26,34 @@ def bucket_of(size: int, buckets: tuple[int, ...]) -> int:
     return next((bucket for bucket in buckets if bucket >= size), -(-size // buckets[-1]) * buckets[-1])
 
 
-def pad_rows(tokens: Tokens, rows: int) -> Tokens:
-    """Ids [B, L] with the last prompt repeated up to `rows`; on the host."""
-    return jax.tree.map(lambda ids: np.pad(ids, [(0, rows - len(ids)), (0, 0)], mode="edge"), tokens)
+def checked_sizes(batch_sizes: Iterable[int]) -> tuple[int, ...]:
+    """Numbers of prompts.
+
+    Raises:
+        ClipJaxError: They are none.
+    """
+    sizes = tuple(batch_sizes) if isinstance(batch_sizes, Iterable) else (None,)
+    if not all(type(size) is int and size > 0 for size in sizes):
+        raise ClipJaxError(f"batch_sizes must be positive ints in a list, found {batch_sizes!r}.")
+    return sizes
+
+
+def batch_of(tokens: Tokens) -> int:
+    """B of ids [B, L]."""
+    return len(next(iter(tokens.cond.values())))
+
+
+def padded(tokens: Tokens) -> Tokens:
+    """Ids with the last prompt repeated up to as many rows as a program is compiled for; on the host."""
+    missing = bucket_of(batch_of(tokens), BATCHES) - batch_of(tokens)
+    if not missing:
+        return tokens
+    return jax.tree.map(lambda ids: np.pad(ids, [(0, missing), (0, 0)], mode="edge"), tokens)
 
 
 @functools.partial(jax.jit, static_argnames="batch")
 def cut_rows(embeddings: TextEmbeddings, batch: int) -> TextEmbeddings:
-    """The first `batch` rows of either half: those that were there before `pad_rows`."""
+    """The first `batch` rows of either half: those that were there before they were `padded`."""
     groups = 2 if embeddings.guidance else 1
 
     def cut(x: jax.Array | None) -> jax.Array | None:
@@ -46,6 +68,33 @@ def cut_rows(embeddings: TextEmbeddings, batch: int) -> TextEmbeddings:
     )
 
 
+def of_every_length(tokens: Tokens, family: Family) -> list[Tokens]:
+    """Ids of each length that `without_tails` cuts some to; these themselves where it cuts none."""
+    cut = [tower for tower in family.towers if _is_cut(tower)]
+    if not cut:
+        return [tokens]
+
+    def ending_at(length: int, side: dict[str, np.ndarray | jax.Array]) -> dict[str, np.ndarray | jax.Array]:
+        ends = {}
+        for tower in cut:
+            end = tower.config.eos_token_id
+            ids = np.full((len(side[tower.name]), length), int(end == 0), np.int32)  # any other id
+            ids[:, -1] = end
+            ends[tower.name] = ids
+        return {**side, **ends}
+
+    longest = min(tower.config.max_position_embeddings for tower in cut)
+    return [
+        dataclasses.replace(
+            tokens,
+            cond=ending_at(length, tokens.cond),
+            uncond=None if tokens.uncond is None else ending_at(length, tokens.uncond),
+        )
+        for length in LENGTHS
+        if length <= longest
+    ]
+
+
 def without_tails(tokens: Tokens, family: Family) -> Tokens:
     """Ids cut after the end of the text, for towers of which only the pooled row is used.
 
@@ -53,11 +102,13 @@ def without_tails(tokens: Tokens, family: Family) -> Tokens:
     """
     sides = [side for side in (tokens.uncond, tokens.cond) if side is not None]
     for tower in family.towers:
-        if not isinstance(tower.config, ClipTextConfig) or not all(tower.name in side for side in sides):
-            continue  # that a tower's ids are missing is for `text_embeddings` to say
-        if tower.pooled_only:
+        if _is_cut(tower):
             ends = [np.argmax(side[tower.name] == tower.config.eos_token_id, axis=-1) for side in sides]
             length = bucket_of(max(int(end.max()) for end in ends) + 1, LENGTHS)
             sides = [{**side, tower.name: side[tower.name][:, :length]} for side in sides]
     *uncond, cond = sides
     return dataclasses.replace(tokens, cond=cond, uncond=uncond[0] if uncond else None)
+
+
+def _is_cut(tower: Tower) -> bool:
+    return tower.pooled_only and isinstance(tower.config, ClipTextConfig)

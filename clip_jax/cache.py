@@ -10,7 +10,7 @@ import dataclasses
 import operator
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -84,7 +84,7 @@ class EmbeddingCache:
             found = self._entries.get(key) if generation == self._generation else None
             if found is None:
                 return None
-            arrays = found[0].prompt_embeds, found[0].pooled_prompt_embeds
+            arrays = found[0].prompt_embeds, found[0].pooled_prompt_embeds, found[0].text_ids
             if any(array is not None and array.is_deleted() for array in arrays):  # donated by who was given them
                 self._nbytes -= self._entries.pop(key)[1]
                 return None
@@ -139,26 +139,20 @@ def call_key(prompts: Sequence[object], *options: Hashable) -> Hashable | None:
         tuple(given) if isinstance(given, Sequence) and not isinstance(given, str) else given for given in prompts
     ]
     try:
-        hash(key := (*frozen, *options, *map(type, options)))  # True equals 1, but is no number of layers
+        hash(key := (*frozen, *_settings(), *options, *map(type, options)))  # True equals 1, but is no number of layers
     except TypeError:
         return None
     return key
 
 
-def on_host(tokens: Tokens, towers: Collection[str]) -> bool:
-    """Whether rows can be looked up: these are ids of numpy, one row for every prompt, for all of the towers.
+def _settings() -> tuple[Hashable, ...]:
+    """Those of JAX that decide what is computed, and where."""
+    return jax.config.jax_default_matmul_precision, jax.config.jax_default_device, jax.sharding.get_abstract_mesh()
 
-    Others are left to `text_embeddings`, which tells what is wrong with them, if anything is.
-    """
-    sides = [side for side in (tokens.uncond, tokens.cond) if side is not None]
-    arrays = [ids for side in sides for ids in side.values()]
-    return (
-        all(side.keys() == set(towers) for side in sides)
-        and all(isinstance(ids, np.ndarray) and ids.ndim == 2 for ids in arrays)
-        and len({len(ids) for ids in arrays}) == 1
-        and all(len({side[tower].shape for side in sides}) == 1 for tower in towers)
-        and not (tokens.zero_uncond and tokens.uncond is not None)
-    )
+
+def on_host(tokens: Tokens) -> bool:
+    """Whether rows can be looked up: these are ids of numpy."""
+    return all(isinstance(ids, np.ndarray) for ids in jax.tree.leaves(tokens))
 
 
 def encode_cached(
@@ -202,6 +196,17 @@ def encode_cached(
     return _joined([rows[key] for key in order], zeros=tokens.zero_uncond, guidance=tokens.zero_uncond or len(keys) > 1)
 
 
+def parts(tokens: Tokens, skips: Skips) -> list[tuple[Tokens, Skips]]:
+    """What `encode_cached` may run for such ids: all, the prompts alone, or a negative that all of them have."""
+    if tokens.uncond is None:
+        return [(tokens, skips)]
+    prompts = dataclasses.replace(tokens, uncond=None)
+    negative = jax.tree.map(lambda ids: ids[:1], prompts)
+    both = [(tokens, skips), (prompts, skips)]
+    batch = len(jax.tree.leaves(prompts)[0])
+    return both if batch == 1 else [*both, (negative, (None, skips[0]))]
+
+
 def prepare(embeddings: TextEmbeddings, *, zeros: bool) -> None:
     """Compiles what takes rows out of such a result, and joins as many again; `zeros`: its unconditional ones are."""
     rows = _split(embeddings.cond if zeros else embeddings)
@@ -210,10 +215,9 @@ def prepare(embeddings: TextEmbeddings, *, zeros: bool) -> None:
 
 def _keys(skip: int | None, side: dict[str, np.ndarray | jax.Array], tokens: Tokens) -> list[Hashable]:
     """What each row of ids is known by."""
-    towers = [np.ascontiguousarray(ids) for _, ids in sorted(side.items())]
-    return [
-        (skip, tokens.max_sequence_length, *(ids[row].tobytes() for ids in towers)) for row in range(len(towers[0]))
-    ]
+    towers = [np.ascontiguousarray(ids, np.int64) for _, ids in sorted(side.items())]
+    known = (skip, tokens.max_sequence_length, *_settings())
+    return [(*known, *(ids[row].tobytes() for ids in towers)) for row in range(len(towers[0]))]
 
 
 def _batches(missing: Sequence[list[Hashable]]) -> list[list[list[Hashable]]]:

@@ -6,17 +6,18 @@ Letters: G guidance rows (2 with guidance, 1 without), B batch, L tokens, D widt
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import jax.typing
+import numpy as np
 
 from clip_jax.config import ClipTextConfig
 from clip_jax.errors import ClipJaxError
 from clip_jax.families import Family, Tower, TowerOutput
-from clip_jax.models import T5Encoder, model_of
+from clip_jax.models import T5Encoder, intercepted, model_of
 from clip_jax.structs import TextEmbeddings, Tokens
 
 #: A nested dict of arrays, or of `qwix.QArray`s where they are quantised.
@@ -26,16 +27,25 @@ Params = Mapping[str, Any]
 Skips = tuple[int | None, int | None]
 
 
-@functools.partial(
-    jax.jit,
-    static_argnames=(
-        "family",
-        "dtype",
-        "compute_dtype",
-        "clip_skip",
-        "clip_skip_negative",
-    ),
-)
+def _jitted(function: Callable[..., TextEmbeddings]) -> Any:
+    """Under `jit`, which is refused to interceptors; `__wrapped__` is the function as it was."""
+
+    @functools.wraps(function)
+    def without_interceptors(*arguments: Any, **options: Any) -> TextEmbeddings:
+        if intercepted():  # what is traced with them would be run for everybody
+            raise ClipJaxError(
+                "text_embeddings is jitted, and takes no notice of nn.intercept_methods. Use TextEncoder, or "
+                "text_embeddings.__wrapped__ within a jit of your own."
+            )
+        return function(*arguments, **options)
+
+    static = ("family", "dtype", "compute_dtype", "clip_skip", "clip_skip_negative")
+    jitted: Any = jax.jit(without_interceptors, static_argnames=static)
+    jitted.__wrapped__ = function
+    return jitted
+
+
+@_jitted
 def text_embeddings(
     params: Params,
     tokens: Tokens,
@@ -52,7 +62,8 @@ def text_embeddings(
     `encode_prompt` of the family's diffusers pipeline yields, unconditional rows first.
 
     Under `nn.intercept_methods` (a LoRA) use `TextEncoder`, or `text_embeddings.__wrapped__` within a `jit` of your
-    own: this `jit`, like any other, takes no notice of interceptors once it has traced without them.
+    own: this `jit`, like any other, takes no notice of interceptors once it has traced without them. To trace with
+    them is an error.
 
     Args:
         params: One entry per tower of the family, e.g. `{"clip_l": ...}`.
@@ -70,20 +81,12 @@ def text_embeddings(
         `prompt_embeds` [2B, L, D], or [B, L, D] without guidance, and what else the family has.
 
     Raises:
-        ClipJaxError: Params, ids or `clip_skip` do not fit the family; raised while tracing.
+        ClipJaxError: Params, ids or `clip_skip` do not fit the family, or interceptors are in force; raised while
+            tracing.
     """
     _check_towers(family, params, "params")
-    _check_towers(family, tokens.cond, "tokens.cond")
-    ids = [tokens.cond]
-    if tokens.uncond is not None:
-        _check_towers(family, tokens.uncond, "tokens.uncond")
-        ids = [tokens.uncond, tokens.cond]
-    if tokens.zero_uncond and tokens.uncond is not None:
-        raise ClipJaxError("Tokens have both uncond and zero_uncond: expected one of them.")
-    if len(batches := {rows.shape[0] for rows in tokens.cond.values()}) > 1:
-        raise ClipJaxError(f"Expected one batch of token ids in all towers, found the sizes {sorted(batches)}.")
-    if 0 in batches:
-        raise ClipJaxError("Token ids have no rows; expected at least one prompt.")
+    check_tokens(family, tokens)
+    ids = [side for side in (tokens.uncond, tokens.cond) if side is not None]
     if compute_dtype is None:
         compute_dtype = jnp.result_type(*(_embedding_dtype(tower, params[tower.name]) for tower in family.towers))
     dtype = dtype or compute_dtype
@@ -97,7 +100,7 @@ def text_embeddings(
         tower.name: _run(
             tower,
             params[tower.name],
-            _stack(tower, [half[tower.name] for half in ids]),
+            jnp.stack([half[tower.name] for half in ids]),
             layers[tower.name],
             compute_dtype,
         )
@@ -146,13 +149,42 @@ def _run(
     return TowerOutput(embeds[0], pooled, projected)
 
 
-def _stack(tower: Tower, rows: Sequence[jax.Array]) -> jax.Array:
-    if any(row.shape != rows[0].shape or row.ndim != 2 for row in rows):
-        raise ClipJaxError(
-            f"Expected token ids [B, L] of one shape for the prompts and the negative prompts of "
-            f"{tower.name}, found {' and '.join(str(row.shape) for row in rows)}."
-        )
-    return jnp.stack(rows)
+def check_tokens(family: Family, tokens: Tokens) -> None:
+    """Refuses ids that `family` cannot encode: each tower wants [B, L], the same B in all, the same L on both sides.
+
+    Raises:
+        ClipJaxError: Ids of other towers, of other shapes, or (on the host) ids that an embedding has no row for.
+    """
+    sides = {"cond": tokens.cond} if tokens.uncond is None else {"uncond": tokens.uncond, "cond": tokens.cond}
+    for name, side in sides.items():
+        _check_towers(family, side, f"tokens.{name}")
+    if tokens.zero_uncond and tokens.uncond is not None:
+        raise ClipJaxError("Tokens have both uncond and zero_uncond: expected one of them.")
+    for tower in family.towers:
+        rows = [side[tower.name] for side in sides.values()]
+        if any(row.shape != rows[0].shape or row.ndim != 2 for row in rows):
+            raise ClipJaxError(
+                f"Expected token ids [B, L] of one shape for the prompts and the negative prompts of "
+                f"{tower.name}, found {' and '.join(str(row.shape) for row in rows)}."
+            )
+        for row in rows:
+            _check_range(row, tower)
+    if len(batches := {rows.shape[0] for rows in tokens.cond.values()}) > 1:
+        raise ClipJaxError(f"Expected one batch of token ids in all towers, found the sizes {sorted(batches)}.")
+    if any(0 in rows.shape for rows in tokens.cond.values()):
+        raise ClipJaxError("Token ids have no rows; expected at least one prompt, and ids of it.")
+
+
+def _check_range(ids: np.ndarray | jax.Array, tower: Tower) -> None:
+    """What an embedding has no row for would become NaN without a word; what is on a device is not looked at."""
+    # As unsigned ones, of which what is below zero is the largest: one look instead of two.
+    if isinstance(ids, np.ndarray) and ids.size and ids.dtype.kind in "iu":
+        largest = ids.view(f"u{ids.dtype.itemsize}").max()
+        if largest >= tower.config.vocab_size:
+            raise ClipJaxError(
+                f"Token ids of {tower.name} are from {ids.min()} to {ids.max()}; expected 0 to "
+                f"{tower.config.vocab_size - 1}. Use the tokenizer that belongs to these weights."
+            )
 
 
 def layers_taken(family: Family, tower: Tower, *skips: int | None) -> list[int]:
@@ -178,6 +210,19 @@ def layers_taken(family: Family, tower: Tower, *skips: int | None) -> list[int]:
 def skips_of(tokens: Tokens, skips: Skips) -> Skips:
     """Those that count, for there to be one program: without negative prompts none of theirs."""
     return skips if tokens.uncond is not None else (None, skips[1])
+
+
+def check_finite(embeddings: TextEmbeddings) -> None:
+    """Refuses float16 that has overflowed; waits for the embeddings.
+
+    Raises:
+        ClipJaxError: There is an infinity, or what became of one.
+    """
+    if not all(jax.device_get([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(embeddings)])):
+        raise ClipJaxError(
+            "The embeddings overflow float16: this text encoder computes values beyond 65504. "
+            "Load it with dtype='bfloat16' or 'float32'."
+        )
 
 
 def _embedding_dtype(tower: Tower, params: Params) -> jnp.dtype:

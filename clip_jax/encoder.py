@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
+import itertools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,11 +12,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import jax.typing
+import numpy as np
 
-from clip_jax.buckets import BATCHES, bucket_of, cut_rows, pad_rows, without_tails
-from clip_jax.cache import CACHE_BYTES, EmbeddingCache, call_key, encode_cached, on_host, prepare
+from clip_jax.buckets import batch_of, checked_sizes, cut_rows, of_every_length, padded, without_tails
+from clip_jax.cache import CACHE_BYTES, EmbeddingCache, call_key, encode_cached, on_host, parts, prepare
 from clip_jax.config import TowerConfig
-from clip_jax.embed import Params, Skips, layers_taken, skips_of, text_embeddings
+from clip_jax.embed import Params, Skips, check_finite, check_tokens, layers_taken, skips_of, text_embeddings
 from clip_jax.errors import ClipJaxError
 from clip_jax.families import Family
 from clip_jax.frozen import FrozenPrograms
@@ -24,7 +25,7 @@ from clip_jax.models import intercepted
 from clip_jax.params.cast import float_dtype
 from clip_jax.params.checkpoint import CheckpointMetadata, write_checkpoint
 from clip_jax.params.quantize import scheme_of, stored_parts
-from clip_jax.params.shard import is_on, sharded_rows
+from clip_jax.params.shard import auto_axes, is_on, sharded_rows
 from clip_jax.params.snapshot import settled
 from clip_jax.params.staging import path_of
 from clip_jax.program import PLATFORMS, export_programs
@@ -52,6 +53,8 @@ class TextEncoder:
         cache: Embeddings of prompts that were encoded before; None if there is none.
     """
 
+    _cuts = True  # ids after the end of the text, where they do not count; programs for ids of one length do not
+
     def __init__(
         self,
         family: Family,
@@ -65,7 +68,7 @@ class TextEncoder:
     ) -> None:
         self.family = family
         self.tokenizers = dict(tokenizers)
-        self.dtype = float_dtype(dtype)
+        self._dtype = float_dtype(dtype)
         self.provenance = provenance or {}
         self.batch_sharding = batch_sharding
         if type(cache_bytes) is not int or cache_bytes < 0:
@@ -85,6 +88,15 @@ class TextEncoder:
         state = self._state(params)  # lets go of frozen programs
         if self.cache is not None:  # at once, for it would hold the old ones until the next call
             self.cache.renew(params, state)
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Of the computation and of the embeddings. Another may be set, as a name too."""
+        return self._dtype
+
+    @dtype.setter
+    def dtype(self, dtype: jax.typing.DTypeLike) -> None:
+        self._dtype = float_dtype(dtype)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_frozen": None}
@@ -204,14 +216,16 @@ class TextEncoder:
         Ids on a device are not looked up in the cache, nor is any row where a mesh holds the params.
 
         Raises:
-            ClipJaxError: float16 overflowed, or there is no such layer to skip to.
+            ClipJaxError: Ids that the family does not take (`check_tokens`), no such layer to skip to, or float16
+                overflowed.
         """
+        check_tokens(self.family, tokens)
         skips = (clip_skip_negative, clip_skip)
         for tower in self.family.towers:  # also where nothing is to be computed
             layers_taken(self.family, tower, *skips)
         params = self.params  # once: another thread may exchange them meanwhile
         run = functools.partial(self._run, params)
-        if self.cache is None or self.batch_sharding is not None or intercepted() or not on_host(tokens, self.config):
+        if self.cache is None or self.batch_sharding is not None or intercepted() or not on_host(tokens):
             return run(tokens, skips)
         return encode_cached(self.cache, self.cache.renew(params, self._state(params)), tokens, skips, run)
 
@@ -249,35 +263,32 @@ class TextEncoder:
         Raises:
             ClipJaxError: Not numbers of prompts, options that the family does not take, or nothing that can be frozen.
         """
-        if not all(type(size) is int and size > 0 for size in batch_sizes):
-            raise ClipJaxError(f"batch_sizes must be positive ints, found {batch_sizes!r}.")
+        sizes = checked_sizes(batch_sizes)
         if freeze and intercepted():
             raise ClipJaxError("freeze is not for nn.intercept_methods: change the params instead, and freeze those.")
         params, skips = self.params, (clip_skip_negative, clip_skip)
-        for size in batch_sizes:
+        for size in sizes:
             tokens = self.tokenize(
                 [""] * size, negative_prompt, guidance=guidance, max_sequence_length=max_sequence_length
             )
-            programs = [tokens]
-            if tokens.uncond is not None and self.cache is not None:
-                programs.append(dataclasses.replace(tokens, uncond=None))
-            for program in programs:
+            for part, part_skips in [(tokens, skips)] if self.cache is None else parts(tokens, skips):
                 if freeze:
-                    self._freeze(params, program, skips)
-                out = jax.block_until_ready(self._run(params, program, skips))
+                    self._freeze(params, part, part_skips)
+                for ids in of_every_length(part, self.family) if self._cuts and not freeze else [part]:
+                    out = jax.block_until_ready(self._run(params, ids, part_skips))
                 if self.cache is not None and self.batch_sharding is None:
-                    prepare(out, zeros=program.zero_uncond)
+                    prepare(out, zeros=tokens.zero_uncond)
 
     def _freeze(self, params: Params, tokens: Tokens, skips: Skips) -> None:
-        programs = self._frozen_programs(params) or FrozenPrograms(params)
-        tokens, skips = self._bucketed(params, tokens), skips_of(tokens, skips)
+        programs = self._frozen_programs(params) or FrozenPrograms(params, self.family, self.dtype)
+        tokens, skips = padded(tokens), skips_of(tokens, skips)
         programs.add(lambda params, tokens: self._compute(params, tokens, skips), tokens, skips, self.dtype)
         self._frozen = programs
 
     def _frozen_programs(self, params: Params) -> FrozenPrograms | None:
         """Those with these params in them; others are let go of, and their memory with them."""
         programs = self._frozen
-        if programs is not None and not programs.are_of(params):
+        if programs is not None and not programs.are_of(params, self.family, self.dtype):
             programs = self._frozen = None
         return programs
 
@@ -286,35 +297,26 @@ class TextEncoder:
         skips = skips_of(tokens, skips)
         if is_traced(tokens):
             return self._compute(params, tokens, skips)
-        batch = max((len(rows) for rows in tokens.cond.values()), default=0)
-        tokens = self._bucketed(params, tokens)
+        batch, tokens = batch_of(tokens), padded(tokens)
         frozen = None if intercepted() else self._frozen_programs(params)
-        program = frozen.find(tokens, skips) if frozen is not None else None
-        out = program(tokens) if program else self._compute(params, tokens, skips)
-        if bucket_of(batch, BATCHES) != batch:
+        if program := frozen and frozen.find(tokens, skips):  # with the tails: one for texts of any length
+            out = program(tokens)
+        else:
+            ids = without_tails(tokens, self.family) if self._cuts else tokens
+            with auto_axes(self.batch_sharding):
+                out = self._compute(params, self._placed(params, ids), skips)
+        if batch_of(tokens) != batch:
             out = cut_rows(out, batch)
-        if self.dtype != jnp.float16 or is_traced(out):  # within a `jit` there is nothing to look at
-            return out
-        if not all(jax.device_get([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(out)])):
-            raise ClipJaxError(
-                "The embeddings overflow float16: this text encoder computes values beyond 65504. "
-                "Load it with dtype='bfloat16' or 'float32'."
-            )
+        if self.dtype == jnp.float16 and not is_traced(out):  # within a `jit` there is nothing to look at
+            check_finite(out)
         return out
 
-    def _bucketed(self, params: Params, tokens: Tokens) -> Tokens:
-        """Ids as they are computed with: of as many rows as a program is compiled for, where those rows belong."""
-        batch = max((len(rows) for rows in tokens.cond.values()), default=0)
-        tokens = self._trimmed(tokens)
-        if (bucket := bucket_of(batch, BATCHES)) != batch:
-            tokens = pad_rows(tokens, bucket)
+    def _placed(self, params: Params, tokens: Tokens) -> Tokens:
+        """Ids with their rows on the devices where they belong."""
         rows = self.batch_sharding
         if rows is not None and is_on(params, rows.mesh):
             tokens = jax.tree.map(lambda ids: sharded_rows(ids, rows), tokens)
         return tokens
-
-    def _trimmed(self, tokens: Tokens) -> Tokens:
-        return without_tails(tokens, self.family)
 
     def _compute(self, params: Params, tokens: Tokens, skips: Skips) -> TextEmbeddings:
         """The one program."""
@@ -332,7 +334,8 @@ class TextEncoder:
     def _state(self, params: Params) -> list[object]:
         """What embeddings depend on beside params, prompts and options."""
         frozen = self._frozen_programs(params)
-        return [*self.tokenizers.values(), self.family, self.dtype, *(frozen.programs if frozen else ())]
+        tokenizers = itertools.chain(*self.tokenizers.items())
+        return [*tokenizers, self.family, self.dtype, *(frozen.programs if frozen else ())]
 
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
         """Writes params, architectures and tokenizers to a folder that `clip_jax.load` reads, quantised if they are.
@@ -371,7 +374,7 @@ class TextEncoder:
             CheckpointError: The folder exists.
             ClipJaxError: Options that the family does not take, a platform that JAX does not know, or params on a mesh.
         """
-        if self.batch_sharding is not None:
+        if self.batch_sharding is not None and is_on(self.params, self.batch_sharding.mesh):
             raise ClipJaxError("Params on a mesh are not exported: programs would be made for it. Load without mesh=.")
         check_max_sequence_length(self.family, max_sequence_length)
         skips = (clip_skip_negative, clip_skip)

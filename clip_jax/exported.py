@@ -29,14 +29,24 @@ class ExportedTextEncoder(TextEncoder):
 
     programs: Programs
 
-    def _trimmed(self, tokens: Tokens) -> Tokens:
-        return tokens  # lengths are fixed
+    _cuts = False
 
     def _compute(self, params: Params, tokens: Tokens, skips: Skips) -> TextEmbeddings:
         if intercepted():
             raise ClipJaxError(
                 "Exported programs take no notice of nn.intercept_methods, and a LoRA would be lost: load the folder "
                 "with `clip_jax.load`."
+            )
+        if self.dtype.name != self.programs.dtype:
+            raise ClipJaxError(
+                f"The programs were exported for {self.programs.dtype}, found {self.dtype.name}. Export again, or load "
+                f"the folder with `clip_jax.load`."
+            )
+        default = self.family.max_sequence_length
+        exported, length = (n or default for n in (self.programs.max_sequence_length, tokens.max_sequence_length))
+        if length != exported:
+            raise ClipJaxError(
+                f"The programs were exported for max_sequence_length={exported}, found {length}. Export again."
             )
         (negative, positive), wanted = (tuple(skip or 0 for skip in pair) for pair in (self.programs.skips, skips))
         if tokens.uncond is not None and wanted == (negative, positive):

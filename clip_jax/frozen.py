@@ -38,9 +38,14 @@ _DTYPES = ("float32", "bfloat16")
 
 
 class FrozenPrograms:
-    """Compiled programs by the shapes of ids and the layers that they are for, all with the same params in them."""
+    """Compiled programs by the shapes of ids and the layers that they are for, all with the same params in them.
 
-    def __init__(self, params: Params) -> None:
+    Attributes:
+        others: What else they were compiled for, a family and a dtype.
+    """
+
+    def __init__(self, params: Params, *others: Hashable) -> None:
+        self.others = others
         self._snapshot = Snapshot(params)
         self._devices = _devices(params)
         self._programs: dict[Hashable, Program] = {}
@@ -50,9 +55,9 @@ class FrozenPrograms:
         """All of them."""
         return tuple(self._programs.values())
 
-    def are_of(self, params: Params) -> bool:
-        """Whether params are still those that were compiled in."""
-        return self._snapshot.is_of(params)
+    def are_of(self, params: Params, *others: Hashable) -> bool:
+        """Whether params, and what else there is, are still those that were compiled in."""
+        return self.others == others and self._snapshot.is_of(params)
 
     def find(self, tokens: Tokens, skips: Skips) -> Program | None:
         """The program for such ids, if there is one; compiled ones take none from another device."""

@@ -9,6 +9,7 @@ from flax import nnx
 
 from clip_jax.embed import text_embeddings
 from clip_jax.encoder import TextEncoder as LinenTextEncoder
+from clip_jax.models import intercepted
 from clip_jax.structs import TextEmbeddings, Tokens
 
 
@@ -45,7 +46,8 @@ class TextEncoder(nnx.Module):
         self, tokens: Tokens, *, clip_skip: int | None = None, clip_skip_negative: int | None = None
     ) -> TextEmbeddings:
         """Encodes token ids; arguments, result and errors as in `clip_jax.text_embeddings`."""
-        return text_embeddings(
+        function = text_embeddings.__wrapped__ if intercepted() else text_embeddings
+        out: TextEmbeddings = function(
             self.plain_params(),
             tokens,
             family=self.family,
@@ -54,3 +56,4 @@ class TextEncoder(nnx.Module):
             clip_skip=clip_skip,
             clip_skip_negative=clip_skip_negative,
         )
+        return out

@@ -40,6 +40,8 @@ class Programs:
         lengths: Tower name -> L.
         dtype: Of the computation and the embeddings.
         skips: Layers that are left out.
+        max_sequence_length: How many rows of zeros stand for T5's where the family is without it; None for the
+            default, and where there are none.
     """
 
     both: export.Exported
@@ -47,6 +49,10 @@ class Programs:
     lengths: dict[str, int]
     dtype: str
     skips: Skips
+    max_sequence_length: int | None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_compiled"}
 
     def __call__(self, params: Params, tokens: Tokens) -> TextEmbeddings:
         """Encodes ids; zeros for negatives are put before the rows of the prompts.
@@ -80,7 +86,13 @@ class Programs:
         (folder / _FOLDER).mkdir()
         for name in ("both", "alone"):
             (folder / _FOLDER / f"{name}.jax").write_bytes(getattr(self, name).serialize())
-        facts = {"version": _VERSION, "lengths": self.lengths, "dtype": self.dtype, "skips": self.skips}
+        facts = {
+            "version": _VERSION,
+            "lengths": self.lengths,
+            "dtype": self.dtype,
+            "skips": self.skips,
+            "max_sequence_length": self.max_sequence_length,
+        }
         (folder / _FOLDER / _FACTS).write_text(json.dumps(facts, indent=1))
 
 
@@ -100,8 +112,9 @@ def export_programs(
     Raises:
         ClipJaxError: A platform that JAX does not know, or layers that are not there.
     """
-    if unknown := sorted(set(platforms) - set(_KNOWN)):  # JAX would make something for any name
-        raise ClipJaxError(f"platforms must be among {', '.join(_KNOWN)}, found {', '.join(unknown)}.")
+    platforms = tuple(platforms)
+    if not platforms or not set(platforms) <= set(_KNOWN):  # JAX would make something for any name
+        raise ClipJaxError(f"platforms must be among {', '.join(_KNOWN)}, found {', '.join(platforms) or 'none'}.")
     for tower in family.towers:
         layers_taken(family, tower, *skips)
 
@@ -128,7 +141,8 @@ def export_programs(
     ids = {tower: jax.ShapeDtypeStruct((batch, length), jnp.int32) for tower, length in lengths.items()}
     shapes = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves]
     exported = export.export(jax.jit(encode), platforms=platforms)
-    return Programs(exported(shapes, ids, ids), exported(shapes, ids), lengths, dtype.name, skips)
+    both, alone = exported(shapes, ids, ids), exported(shapes, ids)
+    return Programs(both, alone, lengths, dtype.name, skips, example.max_sequence_length)
 
 
 def read_programs(path: Path) -> Programs:
@@ -148,7 +162,8 @@ def read_programs(path: Path) -> Programs:
             )
         both, alone = (export.deserialize(bytearray((folder / f"{n}.jax").read_bytes())) for n in ("both", "alone"))
         skips = facts["skips"]
-        return Programs(both, alone, facts["lengths"], facts["dtype"], (skips[0], skips[1]))
+        length = facts["max_sequence_length"]
+        return Programs(both, alone, facts["lengths"], facts["dtype"], (skips[0], skips[1]), length)
     except CheckpointError:
         raise
     except Exception as error:  # JAX has no common base class for what damaged programs raise

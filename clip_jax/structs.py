@@ -66,6 +66,7 @@ class TextEmbeddings:
         """The conditional half, [B, L, D]."""
         return self._half(slice(self.prompt_embeds.shape[-3] // 2, None)) if self.guidance else self
 
+    @jax.transfer_guard_host_to_device("allow")  # an index comes from there
     def _half(self, rows: slice) -> TextEmbeddings:
         pooled = self.pooled_prompt_embeds
         return TextEmbeddings(

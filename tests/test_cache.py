@@ -316,6 +316,72 @@ def test_what_was_donated_is_computed_again(cached):
     np.testing.assert_array_equal(again.prompt_embeds, wanted)
 
 
+@pytest.mark.parametrize("loaded", ["flux"], indirect=True)
+def test_text_ids_may_be_donated_too(loaded):
+    encoder = clip_jax.TextEncoder(loaded.family, loaded.params, loaded.tokenizers)
+    for prompt in ("a cat", ["a cat", "a dog"]):
+        out = ask(encoder, prompt)
+        jax.jit(lambda x: x * 2, donate_argnums=0)(out.text_ids)
+        assert out.text_ids.is_deleted()
+        assert not ask(encoder, prompt).text_ids.is_deleted()
+
+
+@pytest.mark.parametrize("setting", ["precision", "device", "mesh"])
+def test_settings_of_jax_make_other_entries(cached, setting):
+    encoder, computed = cached
+    mesh = jax.sharding.Mesh(jax.devices()[:1], "data")
+    context = {
+        "precision": lambda: jax.default_matmul_precision("tensorfloat32"),
+        "device": lambda: jax.default_device(jax.devices()[0]),
+        "mesh": lambda: jax.set_mesh(mesh),
+    }[setting]
+    ask(encoder, "a cat", guidance=False)
+    with context():
+        ask(encoder, "a cat", guidance=False)
+        ask(encoder, "a cat", guidance=False)
+        encoder.encode(encoder.tokenize("a cat", guidance=False, **length(encoder)))
+    assert len(computed) == 2
+    ask(encoder, "a cat", guidance=False)
+    assert len(computed) == 2
+
+
+def length(encoder):
+    return {"max_sequence_length": 32} if "t5" in encoder.config else {}
+
+
+@pytest.mark.parametrize("loaded", ["flux"], indirect=True)  # SDXL takes no final norm
+def test_arrays_of_numpy_that_are_put_there_later_are_not_trusted(cached):
+    encoder, _ = cached
+    norm = encoder.params["clip_l"]["text_model"]["final_layer_norm"]
+    plain = norm["bias"]
+    try:
+        norm["bias"] = np.array(plain)
+        before = jax.block_until_ready(ask(encoder, "a cat", guidance=True, negative_prompt="x"))
+        norm["bias"] += 1
+        after = ask(encoder, "a cat", guidance=True, negative_prompt="x")
+    finally:
+        norm["bias"] = plain
+    outputs = zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True)
+    assert any((ours != theirs).any() for ours, theirs in outputs)
+
+
+@pytest.mark.parametrize("loaded", ["sdxl"], indirect=True)
+def test_tokenizers_that_change_places_make_other_entries(loaded):
+    encoder = clip_jax.TextEncoder(loaded.family, loaded.params, loaded.tokenizers)
+    before = encoder("a cat")
+    encoder.tokenizers = dict(zip(reversed(encoder.tokenizers), encoder.tokenizers.values(), strict=True))
+    assert (encoder("a cat").prompt_embeds != before.prompt_embeds).any()
+
+
+def test_ids_of_another_width_are_not_those_of_the_same_bytes(cached):
+    encoder, computed = cached
+    names = list(encoder.config)
+    wide, narrow = (np.zeros(shape, dtype) for shape, dtype in (((1, 4), np.int64), ((1, 8), np.int32)))
+    found = [encoder.encode(clip_jax.Tokens(cond=dict.fromkeys(names, ids))) for ids in (wide, narrow)]
+    assert [out.prompt_embeds.shape[1] for out in found] == [4, 8]
+    assert len(computed) == 2
+
+
 def test_an_entry_of_another_state_is_not_found():
     cache = EmbeddingCache(1000)
     generation = cache.renew({"a": object()})

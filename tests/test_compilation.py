@@ -10,6 +10,7 @@ import pytest
 import clip_jax
 from clip_jax import text_embeddings
 from clip_jax.encoder import TextEncoder
+from tests.checkpoints import write_family
 
 
 def run(code, *arguments, **environment):
@@ -80,7 +81,31 @@ def test_after_a_warmup_nothing_is_compiled(encoder, caplog):
     assert any(record.getMessage().startswith("Compiling") for record in caplog.records)
 
 
-@pytest.mark.parametrize("wrong", [(0,), ("1",), (True,)])
+def compiled_by(caplog, call):
+    caplog.clear()
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        call()
+    return [record.getMessage() for record in caplog.records if record.getMessage().startswith("Compiling")]
+
+
+def test_after_a_warmup_of_many_a_negative_for_all_compiles_nothing(encoder, caplog):
+    jax.clear_caches()
+    encoder = TextEncoder(encoder.family, encoder.params, encoder.tokenizers)
+    encoder.warmup(size for size in (2,))  # an iterator will do
+    assert not compiled_by(caplog, lambda: encoder(["a cat", "a dog"], negative_prompt="blurry"))
+    assert not compiled_by(caplog, lambda: encoder(["a boat", "a car"], negative_prompt="blurry"))
+
+
+def test_after_a_warmup_texts_of_any_length_compile_nothing(tmp_path, caplog):
+    """FLUX's CLIP-L, whose ids are cut after the end of the text."""
+    folder = write_family(tmp_path / "flux", clip_jax.FAMILIES["flux"])
+    encoder = clip_jax.load(folder, family="flux")
+    encoder.warmup(max_sequence_length=256)
+    for words in (1, 10, 20, 40, 60):
+        assert not compiled_by(caplog, lambda text="cat " * words: encoder(text, max_sequence_length=256))
+
+
+@pytest.mark.parametrize("wrong", [(0,), ("1",), (True,), 4])
 def test_other_sizes_are_refused(encoder, wrong):
-    with pytest.raises(clip_jax.ClipJaxError, match="batch_sizes must be positive ints"):
+    with pytest.raises(clip_jax.ClipJaxError, match="batch_sizes must be positive ints in a list"):
         encoder.warmup(wrong)

@@ -145,6 +145,53 @@ def test_prompts_that_are_not_text_are_refused(encoder, prompt, message):
         encoder(prompt)
 
 
+@pytest.mark.parametrize("cache_bytes", [0, 2**20])
+@pytest.mark.parametrize(
+    ("negatives", "prompts", "message"),
+    [
+        ((2, 77), (3, 77), r"one shape .* found \(2, 77\) and \(3, 77\)"),
+        ((2, 77), (5, 77), r"one shape .* found \(2, 77\) and \(5, 77\)"),
+        ((2, 70), (2, 77), r"one shape .* found \(2, 70\) and \(2, 77\)"),
+        ((77,), (77,), r"\[B, L\] of one shape .* found \(77,\) and \(77,\)"),
+        ((0, 77), (0, 77), "no rows; expected at least one prompt"),
+        ((1, 0), (1, 0), "no rows; expected at least one prompt, and ids of it"),
+    ],
+)
+def test_ids_of_other_shapes_are_refused(encoder, cache_bytes, negatives, prompts, message):
+    """Before they are padded to a bucket, which would make one shape of them."""
+    mine = TextEncoder(encoder.family, encoder.params, encoder.tokenizers, cache_bytes=cache_bytes)
+    sides = ({"clip_l": np.ones(shape, np.int32)} for shape in (negatives, prompts))
+    with pytest.raises(ClipJaxError, match=message):
+        mine.encode(clip_jax.Tokens(**dict(zip(("uncond", "cond"), sides, strict=True))))
+
+
+def test_towers_of_other_batches_are_refused(tmp_path):
+    mine = clip_jax.load(write_family(tmp_path / "sdxl", clip_jax.FAMILIES["sdxl"]), family="sdxl")
+    ids = {name: np.ones((rows, 77), np.int32) for name, rows in (("clip_l", 3), ("clip_g", 2))}
+    with pytest.raises(ClipJaxError, match=r"one batch of token ids in all towers, found the sizes \[2, 3\]"):
+        mine.encode(clip_jax.Tokens(cond=ids))
+
+
+@pytest.mark.parametrize("wrong", [-1, 49408])
+def test_ids_without_a_row_in_the_embedding_are_refused(encoder, wrong):
+    """JAX makes NaN of them."""
+    tokens = encoder.tokenize("a cat", guidance=False)
+    tokens.cond["clip_l"][0, 3] = wrong
+    with pytest.raises(ClipJaxError, match=f"clip_l are from .*{wrong}.*; expected 0 to 49407. Use the tokenizer"):
+        encoder.encode(tokens)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", jnp.bfloat16, np.dtype("bfloat16")])
+def test_another_dtype_may_be_set(encoder, dtype):
+    mine = TextEncoder(encoder.family, encoder.params, encoder.tokenizers)
+    mine("a cat")
+    mine.dtype = dtype
+    assert mine.dtype == jnp.bfloat16
+    assert mine("a cat").prompt_embeds.dtype == jnp.bfloat16
+    with pytest.raises(ClipJaxError, match="dtype must be one of"):
+        mine.dtype = "int8"
+
+
 def test_unknown_overflow_is_refused(encoder):
     with pytest.raises(ClipJaxError, match="overflow must be one of .*'error', 'truncate'.*'cut'"):
         encoder("a", overflow="cut")
@@ -176,4 +223,6 @@ def test_it_runs_where_jax_is_told_to_be_strict(tmp_path, name, dtype):
         encoder.warmup()
         encoder("a cat", negative_prompt="blurry", guidance=True)
         out = encoder(["two dogs", "a cat"], negative_prompt="blurry", guidance=True)
+        _ = out.cond, out.uncond, clip_jax.time_ids((8, 8)), clip_jax.refiner_time_ids((8, 8))
+        encoder.params = jax.tree.map(jax.device_get, encoder.params)
     assert np.isfinite(out.prompt_embeds).all()

@@ -1,6 +1,7 @@
 """An exported encoder computes what the one did that it was made from, without the modules."""
 
 import json
+import pickle
 import shutil
 import subprocess
 import sys
@@ -115,8 +116,9 @@ def test_a_newer_version_is_told(pair, tmp_path):
 
 
 def test_other_platforms_are_refused(pair, tmp_path):
-    with pytest.raises(ClipJaxError, match="platforms must be among cpu, cuda, tpu, rocm, found abacus"):
-        pair[0].export(tmp_path / "out", platforms=["abacus"], **options(pair[0]))
+    for wrong, found in ((["abacus"], "abacus"), (iter(["abacus"]), "abacus"), ([], "none")):
+        with pytest.raises(ClipJaxError, match=f"platforms must be among cpu, cuda, tpu, rocm, found {found}"):
+            pair[0].export(tmp_path / "out", platforms=wrong, **options(pair[0]))
     assert not (tmp_path / "out").exists()
 
 
@@ -133,6 +135,35 @@ def test_layers_are_those_of_then_for_whatever_the_cache_lacks(tiny_sd15, tmp_pa
     found("a", clip_skip=1, clip_skip_negative=0)
     with pytest.raises(ClipJaxError, match="exported for clip_skip=1 and clip_skip_negative=0, found 0 and 0"):
         found("x", negative_prompt="y")
+
+
+def test_another_dtype_is_refused(pair):
+    exported = clip_jax.load_exported(pair[1])
+    exported.dtype = "bfloat16"
+    with pytest.raises(ClipJaxError, match="were exported for float32, found bfloat16. Export again"):
+        exported("a cat", **options(exported))
+
+
+def test_lengths_of_absent_rows_are_those_of_then(tmp_path):
+    """SD 3's zeros for T5, of which no ids tell how many there are."""
+    source = write_family(tmp_path / "source", clip_jax.FAMILIES["sd3"])
+    encoder = clip_jax.load(source, family="sd3", without="t5", cache_bytes=0)
+    encoder.export(tmp_path / "out", max_sequence_length=100)
+    found = clip_jax.load_exported(tmp_path / "out")
+    assert found("a cat", max_sequence_length=100).prompt_embeds.shape[1] == 177
+    for length in (None, 50):
+        with pytest.raises(ClipJaxError, match=f"for max_sequence_length=100, found {length or 256}. Export again"):
+            found("a cat", max_sequence_length=length)
+
+
+def test_it_may_be_copied_after_a_call(pair, exported):
+    wanted = exported("a cat", **options(exported))
+    found = pickle.loads(pickle.dumps(exported))("a cat", **options(exported))
+    jax.tree.map(np.testing.assert_array_equal, found, wanted)
+
+
+def test_a_warmup_runs_the_lengths_that_there_are(pair, exported):
+    exported.warmup((1,), **options(exported))
 
 
 def test_interceptors_are_refused(pair, exported):

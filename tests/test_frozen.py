@@ -1,5 +1,6 @@
 """Frozen programs compute what the others do, with the kernels in them; and never with kernels that were exchanged."""
 
+import dataclasses
 import os
 import platform
 import subprocess
@@ -108,6 +109,30 @@ def test_exchanged_params_are_computed_with(encoder):
     mine.warmup(freeze=True)  # freezes those anew, and lets go of the others
     assert len(programs(mine)) == 1
     same(mine("a cat"), found, atol=1e-5)
+
+
+def test_another_dtype_or_family_is_computed_with(encoder):
+    mine = another(encoder)
+    mine.warmup(freeze=True)
+    mine.dtype = "bfloat16"
+    assert mine("a cat").prompt_embeds.dtype == "bfloat16"
+    mine = another(encoder)
+    mine.warmup(freeze=True)
+    towers = tuple(dataclasses.replace(tower, layer=tower.layer - 1) for tower in mine.family.towers)
+    mine.family = dataclasses.replace(mine.family, towers=towers)
+    same(mine("a cat"), encoder("a cat", clip_skip=1, clip_skip_negative=1), atol=1e-5)
+    assert programs(mine) == ()
+
+
+def test_it_serves_texts_of_any_length(loaded):
+    """FLUX's CLIP-L, whose ids are cut after the end of the text otherwise."""
+    mine = another(loaded)
+    length = {"max_sequence_length": 64} if "t5" in loaded.config else {}
+    mine.warmup(freeze=True, **length)
+    wanted = [another(loaded)(text, **length) for text in ("a cat", "a " * 12)]
+    mine._compute = None  # nothing but the frozen programs is left
+    for text, out in zip(("a cat", "a " * 12), wanted, strict=True):
+        same(mine(text, **length), out, atol=2e-5)
 
 
 def test_what_the_cache_holds_is_of_one_program(encoder):

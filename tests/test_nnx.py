@@ -1,5 +1,6 @@
 """The NNX module: the same arrays, through jit, split and grad."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,6 +30,31 @@ def test_it_goes_through_jit_and_computes_the_same(module, encoder):
     found = jax.jit(lambda module, tokens: module(tokens, clip_skip=1))(module, tokens)
     wanted = encoder("a cat", negative_prompt="blurry", clip_skip=1)
     np.testing.assert_allclose(found.prompt_embeds, wanted.prompt_embeds, atol=1e-5)
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_a_lora_is_neither_lost_nor_kept(encoder, before):
+    """Whether the program was traced without it before, or is to be traced without it afterwards."""
+    jax.clear_caches()
+    module, tokens = clip_jax.nnx.TextEncoder(encoder), encoder.tokenize("a cat")
+    plain = module(tokens).prompt_embeds if before else None
+
+    def doubled(call, args, kwargs, context):
+        out = call(*args, **kwargs)
+        return out * 2 if isinstance(context.module, nn.Dense) else out
+
+    with nn.intercept_methods(doubled):
+        changed = module(tokens).prompt_embeds
+        if not before:
+            with pytest.raises(clip_jax.ClipJaxError, match="jitted, and takes no notice of nn.intercept_methods"):
+                clip_jax.text_embeddings(encoder.params, tokens, family=encoder.family)
+    after = module(tokens).prompt_embeds
+    assert np.abs(changed - after).max() > 0.1
+    np.testing.assert_allclose(
+        clip_jax.text_embeddings(encoder.params, tokens, family=encoder.family).prompt_embeds, after
+    )
+    if before:
+        np.testing.assert_array_equal(after, plain)
 
 
 def test_it_is_split_and_merged(module, encoder):

@@ -24,6 +24,7 @@ def _join(outputs: Mapping[str, TowerOutput], max_sequence_length: int | None) -
     return embeds, outputs["clip_g"].projected
 
 
+@jax.transfer_guard_host_to_device("allow")
 def time_ids(
     original_size: tuple[int, int] = (1024, 1024),
     crops_coords_top_left: tuple[int, int] = (0, 0),
@@ -48,6 +49,7 @@ def time_ids(
     return jnp.asarray(np.tile(ids, (rows, 1)), dtype)
 
 
+@jax.transfer_guard_host_to_device("allow")
 def refiner_time_ids(
     original_size: tuple[int, int] = (1024, 1024),
     crops_coords_top_left: tuple[int, int] = (0, 0),

@@ -11,6 +11,7 @@ parameter are not. "heads" divides by whole heads: half a head would be gathered
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 
@@ -102,6 +103,12 @@ def over_auto_axes(sharding: Sharding) -> Sharding:
     if not isinstance(sharding, NamedSharding):
         return sharding
     return NamedSharding(_auto(sharding.mesh), sharding.spec, memory_kind=sharding.memory_kind)
+
+
+def auto_axes(sharding: NamedSharding | None) -> contextlib.AbstractContextManager[object]:
+    """Has the mesh of `sharding` in force instead of one with explicit axes, where modules had to state theirs."""
+    explicit = AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types
+    return jax.set_mesh(sharding.mesh) if explicit and sharding is not None else contextlib.nullcontext()
 
 
 def is_on(params: Mapping[str, object], mesh: Mesh | AbstractMesh) -> bool:

@@ -14,6 +14,7 @@ from clip_jax.models.quantized import is_quantized
 from clip_jax.structs import is_traced
 
 
+@jax.transfer_guard_host_to_device("allow")
 def settled(params: Mapping[str, Any]) -> Mapping[str, Any]:
     """Params that stay as they are, and where they are; the very same ones if they do anyway.
 
@@ -44,12 +45,16 @@ class Snapshot:
 
     def __init__(self, params: Mapping[str, Any]) -> None:
         self.params = jax.tree.map(lambda leaf: leaf, params, is_leaf=is_quantized)
+        self._changes = any(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(params))
 
     def is_of(self, params: Mapping[str, Any]) -> bool:
-        """Whether `params` have the very same arrays in the same places; single numbers need only be equal."""
+        """Whether `params` have the very same arrays in the same places; single numbers need only be equal.
+
+        Never where one is NumPy's, put there in place: it may have been changed likewise.
+        """
         # Dicts are compared in C, their values by identity first: that is faster than to flatten them.
         # Two different arrays are compared element by element, and the result of that is no bool.
         try:
-            return bool(self.params == params)
+            return not self._changes and bool(self.params == params)
         except Exception:  # whatever arrays raise: of other shapes, on other devices, deleted
             return False

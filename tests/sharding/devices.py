@@ -70,6 +70,7 @@ def main(sources: Path) -> None:
     results["one prompt"] = {"error": largest_error(one, reference(sources / "sd15.npz", 1))}
     results["moved"] = moved(sources)
     results["default"] = default(sources)
+    results["explicit"] = explicit(sources)
     results["saved"] = saved(encoders["flux, both"], whole["flux"], sources / "saved")
     results["low"] = low(sources, whole["flux"])
     results["quantized"] = {name: quantized(sources / "sd15", name) for name in SCHEMES}
@@ -120,6 +121,19 @@ def default(sources: Path) -> list[str]:
     loaded.params = drawn
     found.append(encode(loaded, PROMPTS[:1]))
     return [str(out.prompt_embeds.devices()) for out in found]
+
+
+def explicit(sources: Path) -> dict[str, Any]:
+    """Within a mesh with explicit axes; and when the params have left it."""
+    mesh = mesh_of({"data": 2, "tensor": 4})
+    with jax.set_mesh(mesh):
+        encoder = clip_jax.load(sources / "sd15", family="sd15", mesh=mesh)
+        encoder.warmup((2,))
+        out = encode(encoder, PROMPTS[:2])
+    encoder.params = jax.device_put(encoder.params, jax.devices()[0])
+    encoder.export(sources / "exported")
+    found = {"within": out, "exported": encode(clip_jax.load_exported(sources / "exported"), PROMPTS[:2])}
+    return {name: largest_error(each, reference(sources / "sd15.npz", 2)) for name, each in found.items()}
 
 
 def saved(encoder: clip_jax.TextEncoder, whole: Any, path: Path) -> dict[str, bool]:

@@ -148,6 +148,10 @@ def test_params_stay_on_the_device_that_was_the_default(devices):
     assert devices["default"] == ["{CpuDevice(id=3)}"] * 2
 
 
+def test_a_mesh_with_explicit_axes_may_be_in_force(devices):
+    assert max(devices["explicit"].values()) <= TOLERANCE
+
+
 def test_params_of_a_wrapper_go_to_a_mesh_and_back(devices):
     found = devices["compat"]["placed"]
     assert found["devices"] == [8, 1]
