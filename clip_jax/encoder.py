@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -232,7 +232,7 @@ class TextEncoder:
     @jax.transfer_guard_host_to_device("allow")
     def warmup(
         self,
-        batch_sizes: Sequence[int] = (1,),
+        batch_sizes: Iterable[int] = (1,),
         *,
         negative_prompt: str | None = None,
         guidance: bool | None = None,
@@ -243,9 +243,9 @@ class TextEncoder:
     ) -> None:
         """Compiles, and runs once, the programs that calls with so many prompts need; the first of them is fast then.
 
-        With guidance these are the one for new prompts with new negatives, and the one for new prompts whose
-        negatives are in the cache. Programs are kept on disk where a compilation cache is on
-        (`clip_jax.enable_compilation_cache`), but not frozen ones.
+        With guidance and a cache these are one for new prompts with new negatives, one for prompts whose negatives are
+        known, and for several prompts one for a negative that all have; of FLUX each for all lengths of CLIP-L's ids.
+        They are kept on disk where a compilation cache is on (`clip_jax.enable_compilation_cache`), but frozen ones.
 
         Frozen programs have the kernels in them, packed for products by oneDNN: faster on a CPU. Each keeps the kernels
         packed and as they were, and takes more memory than that while it is compiled. They serve calls that need them
