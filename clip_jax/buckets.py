@@ -11,7 +11,7 @@ import numpy as np
 
 from clip_jax.config import ClipTextConfig
 from clip_jax.errors import ClipJaxError
-from clip_jax.families import Family, Tower
+from clip_jax.families import Family
 from clip_jax.structs import TextEmbeddings, Tokens
 
 BATCHES = (1, 2, 4, 8, 16, 32)
@@ -70,20 +70,18 @@ def cut_rows(embeddings: TextEmbeddings, batch: int) -> TextEmbeddings:
 
 def of_every_length(tokens: Tokens, family: Family) -> list[Tokens]:
     """Ids of each length that `without_tails` cuts some to; these themselves where it cuts none."""
-    cut = [tower for tower in family.towers if _is_cut(tower)]
+    cut = _cut(family)
     if not cut:
         return [tokens]
 
     def ending_at(length: int, side: dict[str, np.ndarray | jax.Array]) -> dict[str, np.ndarray | jax.Array]:
-        ends = {}
-        for tower in cut:
-            end = tower.config.eos_token_id
-            ids = np.full((len(side[tower.name]), length), int(end == 0), np.int32)  # any other id
-            ids[:, -1] = end
-            ends[tower.name] = ids
+        ends: dict[str, np.ndarray] = {}
+        for name, config in cut.items():
+            ends[name] = np.full((len(side[name]), length), int(config.eos_token_id == 0), np.int32)  # any other id
+            ends[name][:, -1] = config.eos_token_id
         return {**side, **ends}
 
-    longest = min(tower.config.max_position_embeddings for tower in cut)
+    longest = min(config.max_position_embeddings for config in cut.values())
     return [
         dataclasses.replace(
             tokens,
@@ -101,14 +99,15 @@ def without_tails(tokens: Tokens, family: Family) -> Tokens:
     Attention is causal, so that the row stays the same.
     """
     sides = [side for side in (tokens.uncond, tokens.cond) if side is not None]
-    for tower in family.towers:
-        if _is_cut(tower):
-            ends = [np.argmax(side[tower.name] == tower.config.eos_token_id, axis=-1) for side in sides]
-            length = bucket_of(max(int(end.max()) for end in ends) + 1, LENGTHS)
-            sides = [{**side, tower.name: side[tower.name][:, :length]} for side in sides]
+    for name, config in _cut(family).items():
+        ends = [np.argmax(side[name] == config.eos_token_id, axis=-1) for side in sides]
+        length = bucket_of(max(int(end.max()) for end in ends) + 1, LENGTHS)
+        sides = [{**side, name: side[name][:, :length]} for side in sides]
     *uncond, cond = sides
     return dataclasses.replace(tokens, cond=cond, uncond=uncond[0] if uncond else None)
 
 
-def _is_cut(tower: Tower) -> bool:
-    return tower.pooled_only and isinstance(tower.config, ClipTextConfig)
+def _cut(family: Family) -> dict[str, ClipTextConfig]:
+    """The towers of which only the pooled row is used."""
+    configs = {tower.name: tower.config for tower in family.towers if tower.pooled_only}
+    return {name: config for name, config in configs.items() if isinstance(config, ClipTextConfig)}

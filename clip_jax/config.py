@@ -187,7 +187,7 @@ class ClipTextConfig:
         )
         # An explicit null means the default, as in transformers.
         known = {k: d if text.get(k) is None else text[k] for k, d in _HF_DEFAULTS.items()}
-        projects = model_type == "clip" or "CLIPTextModelWithProjection" in (config.get("architectures") or ())
+        projects = model_type == "clip" or "CLIPTextModelWithProjection" in str(config.get("architectures"))
         if not projects:
             known["projection_dim"] = None
         if known["eos_token_id"] != _LEGACY_EOS:

@@ -191,9 +191,9 @@ def load(
 
     Args:
         source: A folder written by `clip-jax convert`; a diffusers folder, or that of one text encoder; a file of
-            weights in any format, or a list of those that make up a family; a Hub repo id, of which only the text
-            encoders and tokenizers are downloaded; or "random:sd15", the full-size architecture with seeded random
-            weights.
+            weights in any format; a list of those, and of text encoders' folders, that make up a family; a Hub repo id,
+            of which only the text encoders and tokenizers are downloaded; or "random:sd15", the full-size architecture
+            with seeded random weights.
         family: "sd15", "sd21", ...; None finds out. A wrong one is an error.
         dtype: Of the computation and of the embeddings: float32, bfloat16 or float16.
         param_dtype: Of the parameters in memory; None means `dtype`.
@@ -203,7 +203,7 @@ def load(
             stores them in four bits, and computes in `dtype`. None takes them as they are, quantised or not.
         without: Towers to leave out: "t5" of SD 3, whose rows are zeros then.
         config: Tower name -> architecture, where a file of weights does not tell (a config, a dict, or the path of
-            a `config.json`).
+            a `config.json`); goes before the `config.json` beside weights.
         text_projection: "auto" takes `text_projection` of a foreign checkpoint for what its name says; "as_is"
             takes it as [D, P], used as `x @ text_projection`, "transpose" as [P, D].
         tokenizer: A tokenizer folder to use instead of the source's, or tower name -> folder.

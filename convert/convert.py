@@ -57,14 +57,14 @@ def convert(
     The weights go through memory a block of the model, or its embedding, at a time.
 
     Args:
-        source: A diffusers folder, a text encoder's folder, a file of weights, a Hub repo id, or a list of files
-            that make up a family.
+        source: A diffusers folder, a text encoder's folder, a file of weights, a Hub repo id, or a list of files and
+            text encoders' folders that make up a family.
         out: The folder to make. It appears whole or not at all.
         family: The family, where it cannot be told from the source.
         dtype: Of the stored params; None keeps those of the source.
         without: Towers to leave out, such as "t5" of SD 3.
         config: Tower name -> architecture, where a file of weights does not tell (a config, a dict, or the path of
-            a `config.json`).
+            a `config.json`); goes before the `config.json` beside weights.
         text_projection: "auto" takes `text_projection` for what its name says; "as_is" takes it as [D, P], used as
             `x @ text_projection`, "transpose" as [P, D].
         tokenizer: A tokenizer folder to take instead of the source's, or tower name -> folder. A file of T5 needs

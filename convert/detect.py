@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from clip_jax.config import ClipTextConfig, TowerConfig
-from clip_jax.convert.components import Component, Components
+from clip_jax.convert.components import Component, Components, width
 from clip_jax.errors import CheckpointError
 from clip_jax.families import FAMILIES, Family, Tower
 
@@ -120,10 +120,10 @@ def _tower_mismatch(tower: Tower, component: Component) -> str | None:
     config, where = component.config, component.folder.name
     if type(config) is not type(tower.config):
         return f"{where}: expected {_kind(tower.config)} ({tower.name}), found {_kind(config)}"
-    known = {_width(t.config): t.name for f in FAMILIES.values() for t in f.towers}
-    if _width(config) != _width(tower.config) and _width(config) in known:
-        whose = known[_width(config)]
-        return f"{where}: expected width {_width(tower.config)} ({tower.name}), found {_width(config)}, that of {whose}"
+    known = {width(t.config): t.name for f in FAMILIES.values() for t in f.towers}
+    if width(config) != width(tower.config) and width(config) in known:
+        whose = known[width(config)]
+        return f"{where}: expected width {width(tower.config)} ({tower.name}), found {width(config)}, that of {whose}"
     if _projects(tower.config) and not _projects(config):
         return f"{where}: expected a CLIPTextModelWithProjection ({tower.name}), found a CLIPTextModel"
     return None
@@ -131,7 +131,7 @@ def _tower_mismatch(tower: Tower, component: Component) -> str | None:
 
 def _same_widths(family: Family, found: Components) -> bool:
     return all(
-        _width(component.config) == _width(tower.config)
+        width(component.config) == width(tower.config)
         for tower in family.towers
         for name, component in found.components.items()
         if name in ("", tower.folder)
@@ -144,7 +144,3 @@ def _projects(config: TowerConfig) -> bool:
 
 def _kind(config: TowerConfig) -> str:
     return "a CLIP text model" if isinstance(config, ClipTextConfig) else "a T5 encoder"
-
-
-def _width(config: TowerConfig) -> int:
-    return config.hidden_size if isinstance(config, ClipTextConfig) else config.d_model

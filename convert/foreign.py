@@ -2,25 +2,26 @@
 
 A source is a diffusers pipeline folder (`text_encoder/`, `tokenizer/`, `model_index.json`, ...), a folder with one
 text encoder as `save_pretrained` writes it, a whole `CLIPModel`, a file of weights with one or more text encoders in
-it, or several of these files.
+it, or several of these files and of the folders of one text encoder.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from clip_jax.config import ClipTextConfig, TowerConfig
-from clip_jax.convert.components import is_component_folder, read_components
+from clip_jax.convert.components import is_component_folder, read_beside, read_components
 from clip_jax.convert.detect import find_family, find_family_of, folders_of
-from clip_jax.convert.infer import name_towers, with_open_clip_config
+from clip_jax.convert.infer import infer_config, name_towers, with_open_clip_config
 from clip_jax.convert.layouts import Encoder, Projection, check_projection, find_encoders, one_encoder, what_else
 from clip_jax.convert.layouts.fp8 import is_scale
 from clip_jax.convert.source import TensorSource, open_source
@@ -32,6 +33,10 @@ from clip_jax.params.shapes import TensorSpec, layer_groups, unflatten
 from clip_jax.params.shard import Placement
 from clip_jax.progress import byte_bar
 from clip_jax.tokenizers import RowTokenizer
+from clip_jax.tokenizers.files import exists
+
+# Of the names in OpenCLIP's own files, trained in parallel or compiled; a pipeline has its text encoders below others.
+_OPEN_CLIP_PREFIX = re.compile(r"((module|_orig_mod)\.)*(text\.)?")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,10 +155,11 @@ def open_foreign(
     """Opens a source in a foreign layout, finds out its family, and pairs parameters with tensors.
 
     Args:
-        paths: A folder, or the files of weights that together make a family.
+        paths: A folder; or the files of weights, and the folders of one text encoder, that together make a family.
         family: Its family, where it cannot be told or is to be made sure of.
         without: Towers to leave out.
-        configs: Tower name -> architecture, where a file of weights does not tell.
+        configs: Tower name -> architecture, where a file of weights does not tell; goes before the `config.json`
+            beside it.
         text_projection: How the projection is stored, where its name says otherwise.
 
     Raises:
@@ -205,6 +211,14 @@ def _open_folder(path: Path, family: str | None, without: set[str], projection: 
     )
 
 
+class _Opened(NamedTuple):
+    """One of several sources, and the text encoders in it."""
+
+    path: Path
+    source: TensorSource
+    encoders: list[Encoder]
+
+
 def _open_files(
     paths: Sequence[Path],
     family: str | None,
@@ -213,27 +227,30 @@ def _open_files(
     projection: Projection,
 ) -> ForeignCheckpoint:
     where = ", ".join(map(str, paths))
-    owners: dict[Encoder, tuple[TensorSource, Path]] = {}
+    owners: dict[Encoder, _Opened] = {}
     ignored: Counter[str] = Counter()
     for path in paths:
-        source = open_source(path)
-        found = find_encoders(source.state, str(path), projection, source.metadata)
-        if not found:
-            raise CheckpointError(f"{path}: expected CLIP's text encoder or T5's, found {what_else(source.state)}.")
-        owners |= dict.fromkeys(found, (source, path))
-        ignored += _others(source, found)
-    named = name_towers(list(owners), where, configs)
-    named = {name: tower for name, tower in named.items() if name not in without}
-    prefixes = [encoder.prefix for encoder, _ in named.values()]
-    matched = find_family_of(where, {name: config for name, (_, config) in named.items()}, prefixes, family)
+        opened = _open_file(path, projection)
+        owners |= dict.fromkeys(opened.encoders, opened)
+        ignored += _others(opened.source, opened.encoders)
+    named = name_towers(owners, where, configs)
+    named = {name: encoder for name, encoder in named.items() if name not in without}
+    beside = {
+        name: component
+        for name, encoder in named.items()
+        if name not in configs
+        and len(owners[encoder].encoders) == 1
+        and (component := read_beside(owners[encoder].path, encoder))
+    }
+    told = {**configs, **{name: component.config for name, component in beside.items()}}
+    found = {name: told.get(name) or _inferred(encoder, owners[encoder].path) for name, encoder in named.items()}
+    matched = find_family_of(where, found, [encoder.prefix for encoder in named.values()], family)
     matched = matched.without(without | {tower.name for tower in matched.towers} - named.keys())
     towers = {}
     for tower in matched.towers:
-        encoder, config = named[tower.name]
-        source, path = owners[encoder]
-        if encoder.layout == "OpenCLIP" and tower.name not in configs:
-            config = with_open_clip_config(config, path if path.is_dir() else path.parent)
-        if tower.identity_projection and isinstance(config, ClipTextConfig):
+        encoder, config = named[tower.name], found[tower.name]
+        path, source, _ = owners[encoder]
+        if tower.identity_projection and tower.name not in told and isinstance(config, ClipTextConfig):
             # What such files carry is not the model's: diffusers puts the identity in its place
             # (single_file_utils.py, `create_diffusers_clip_model_from_ldm`), ComfyUI does without.
             config = dataclasses.replace(config, projection_dim=None)
@@ -243,9 +260,9 @@ def _open_files(
             config,
             source,
             tokenizer_folder=_tokenizer_folder(encoder, path),
-            where=where,
+            where=str(path),
             projection=projection,
-            whole=True,
+            whole=tower.name not in beside or beside[tower.name].whole,
         )
     return ForeignCheckpoint(
         name=", ".join(path.name for path in paths),
@@ -254,6 +271,25 @@ def _open_files(
         towers=towers,
         ignored=dict(ignored),
     )
+
+
+def _open_file(path: Path, projection: Projection) -> _Opened:
+    """Opens a file of weights, or a folder; one with a `config.json` is that of one text encoder."""
+    source, where = open_source(path), str(path)
+    if path.is_dir() and exists(path / "config.json"):
+        return _Opened(path, source, [one_encoder(source.state, where, projection, source.metadata)])
+    found = find_encoders(source.state, where, projection, source.metadata)
+    if not found:
+        raise CheckpointError(f"{path}: expected CLIP's text encoder or T5's, found {what_else(source.state)}.")
+    return _Opened(path, source, found)
+
+
+def _inferred(encoder: Encoder, path: Path) -> TowerConfig:
+    """The architecture of an encoder that nothing tells but its shapes and, beside OpenCLIP's own files, its config."""
+    config = infer_config(encoder, str(path))
+    if encoder.layout == "OpenCLIP" and _OPEN_CLIP_PREFIX.fullmatch(encoder.prefix):
+        return with_open_clip_config(config, path if path.is_dir() else path.parent)
+    return config
 
 
 def _tokenizer_folder(encoder: Encoder, path: Path) -> Path | None:

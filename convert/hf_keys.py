@@ -30,9 +30,10 @@ _READABLE = ("float16", "bfloat16", "float32", "float64")
 
 _T5_EMBEDDINGS = ("shared.weight", "encoder.embed_tokens.weight")
 
-# Known to have no part in the text encoder: named, so that anything else left over is an error.
+# Known to have no part in the text encoder: named, so that anything else left over is an error. `spiece_model` is T5's
+# tokenizer, where ComfyUI saves it.
 _CLIP_IGNORED = r"(.*\.)?position_ids|logit_scale|vision_model\..*|visual_projection\.weight"
-_T5_IGNORED = r"decoder\..*|lm_head\.weight|logit_scale"
+_T5_IGNORED = r"decoder\..*|lm_head\.weight|logit_scale|spiece_model"
 
 # Other architectures under T5's names.
 _OTHER_T5 = {
@@ -88,7 +89,7 @@ def map_keys(state: StateDict, config: TowerConfig, what: str, *, source_blocks:
     used = {key for key, _ in keys.values()}
     ignored = sorted(key for key in state if key not in used and re.fullmatch("|".join(aside), key))
     unreadable = [
-        f"{state[key].key} is {state[key].dtype}"
+        f"{state[key].key} is {state[key].stored or state[key].dtype}"
         for key in used & state.keys()
         if state[key].dtype.name not in _READABLE
     ]

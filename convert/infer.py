@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -17,7 +17,7 @@ from clip_jax.config import ClipTextConfig, T5EncoderConfig, TowerConfig
 from clip_jax.convert.hf_keys import find_t5_embeddings
 from clip_jax.convert.layouts import Encoder
 from clip_jax.errors import CheckpointError
-from clip_jax.tokenizers.files import read_json
+from clip_jax.tokenizers.files import exists, read_json
 
 #: Width of a CLIP text model -> name of the tower, and its architecture.
 CLIP_TOWERS: Mapping[int, tuple[str, ClipTextConfig]] = MappingProxyType(
@@ -51,13 +51,12 @@ _POSITIONS = "text_model.embeddings.position_embedding.weight"
 _CLIP_BLOCK = re.compile(r"text_model\.encoder\.layers\.(\d+)\..*")
 _T5_BLOCK = re.compile(r"encoder\.block\.(\d+)\..*")
 _T5_BLOCK_0 = "encoder.block.0.layer"
+_T5_QUERY = f"{_T5_BLOCK_0}.0.SelfAttention.q.weight"
 _T5_BIAS = f"{_T5_BLOCK_0}.0.SelfAttention.relative_attention_bias.weight"
 
 
-def name_towers(
-    encoders: list[Encoder], where: str, given: Mapping[str, TowerConfig]
-) -> dict[str, tuple[Encoder, TowerConfig]]:
-    """Tower name -> encoder and architecture.
+def name_towers(encoders: Iterable[Encoder], where: str, given: Mapping[str, TowerConfig]) -> dict[str, Encoder]:
+    """Tower name -> encoder.
 
     Args:
         encoders: As they are in the source.
@@ -65,22 +64,43 @@ def name_towers(
         given: Tower name -> architecture, of those that shapes do not tell.
 
     Raises:
-        CheckpointError: An encoder of a width that is not known, or two of the same.
+        CheckpointError: An encoder of a width that is not known, or two of the same; no encoder of those given.
     """
-    named: dict[str, tuple[Encoder, TowerConfig]] = {}
+    named: dict[str, Encoder] = {}
     for encoder in encoders:
         name = "t5" if encoder.kind == "t5" else _clip_name(encoder, where, given)
         if name in named:
             raise CheckpointError(
-                f"{where} holds {name} twice, at {named[name][0].prefix!r} and at {encoder.prefix!r}; expected it "
+                f"{where} holds {name} twice, at {named[name].prefix!r} and at {encoder.prefix!r}; expected it "
                 f"once. Save it with one of them."
             )
-        config = given.get(name) or (_t5_config(encoder, where) if name == "t5" else _clip_config(encoder, where))
-        named[name] = (encoder, config)
+        named[name] = encoder
     unused = given.keys() - named.keys()
     if unused:
         raise CheckpointError(f"{where} has no {', '.join(sorted(unused))}, for which a config was given.")
     return named
+
+
+def infer_config(encoder: Encoder, where: str) -> TowerConfig:
+    """The architecture of an encoder, as far as shapes tell.
+
+    Args:
+        encoder: Of a known width, if it is CLIP's.
+        where: The source, for messages.
+
+    Raises:
+        CheckpointError: Tensors are missing, or those of another model.
+    """
+    return _t5_config(encoder, where) if encoder.kind == "t5" else _clip_config(encoder, where)
+
+
+def encoder_width(encoder: Encoder, where: str) -> int:
+    """The width of the residual stream, by the shape of a tensor.
+
+    Raises:
+        CheckpointError: There is no such tensor.
+    """
+    return _matrix(encoder, _T5_QUERY if encoder.kind == "t5" else _TOKENS, where)[1]
 
 
 def with_open_clip_config(config: TowerConfig, folder: Path) -> TowerConfig:
@@ -92,7 +112,7 @@ def with_open_clip_config(config: TowerConfig, folder: Path) -> TowerConfig:
         CheckpointError: The file cannot be read, or tells of a text encoder that computes something else.
     """
     path = folder / "open_clip_config.json"
-    if not isinstance(config, ClipTextConfig) or not path.is_file():
+    if not isinstance(config, ClipTextConfig) or not exists(path):
         return config
     match read_json(path):
         case {"model_cfg": {"text_cfg": {"width": config.hidden_size, **text}, **model}}:
@@ -118,15 +138,16 @@ def blocks(encoder: Encoder) -> int:
 
 
 def _clip_name(encoder: Encoder, where: str, given: Mapping[str, TowerConfig]) -> str:
-    _, width = _matrix(encoder, _TOKENS, where)
+    width = encoder_width(encoder, where)
     for name, config in given.items():
         if isinstance(config, ClipTextConfig) and config.hidden_size == width:
             return name
     if width not in CLIP_TOWERS:
         known = ", ".join(f"{size} ({name})" for size, (name, _) in CLIP_TOWERS.items())
         raise CheckpointError(
-            f"{where} holds a CLIP text model of width {width}; expected one of {known}. Its activation cannot be told "
-            f"from the weights: say what it is with config={{tower: config.json}} (--config TOWER=FILE)."
+            f"{where} holds a CLIP text model of width {width}; expected one of {known}. Which tower it is, and "
+            f"its activation, cannot be told from the weights: say so with config={{tower: config.json}} (--config "
+            f"TOWER=FILE)."
         )
     return CLIP_TOWERS[width][0]
 
@@ -155,7 +176,7 @@ def _clip_config(encoder: Encoder, where: str) -> ClipTextConfig:
 
 
 def _t5_config(encoder: Encoder, where: str) -> T5EncoderConfig:
-    inner, width = _matrix(encoder, f"{_T5_BLOCK_0}.0.SelfAttention.q.weight", where)
+    inner, width = _matrix(encoder, _T5_QUERY, where)
     buckets, heads = _matrix(encoder, _T5_BIAS, where)
     vocabulary, _ = _matrix(encoder, find_t5_embeddings(encoder.state, where)[0], where)
     if vocabulary == _MT5_ROWS:

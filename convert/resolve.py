@@ -12,7 +12,7 @@ from pathlib import Path
 from clip_jax.convert.hub import Access, fetch
 from clip_jax.errors import CheckpointError
 
-#: A folder, a file of weights or a Hub repo id; or several files that make up a family.
+#: A folder, a file of weights or a Hub repo id; or several files, and folders of a text encoder, that make up a family.
 SourceLike = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
 _EXPECTED = "a folder, a file of weights, a Hub repo id (owner/name), or random:FAMILY"

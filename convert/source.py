@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from clip_jax.convert.readers import TensorFile, open_file
 from clip_jax.convert.readers.tensor_file import parse_json_object
 from clip_jax.convert.state import StateDict, Tensor
 from clip_jax.errors import CheckpointError
+from clip_jax.tokenizers.files import names_in
 
 WEIGHTS = (
     "model.safetensors",
@@ -96,17 +98,14 @@ def open_source(path: Path) -> TensorSource:
         path: The file, or a folder such as `text_encoder/` of a pipeline.
 
     Raises:
-        CheckpointError: Nothing to read there, or it is damaged, cut short, of a format that is not read, or not
-            what its index says.
+        CheckpointError: Nothing to read there, or it is damaged, cut short, of a format that is not read, or two
+            shards have a tensor of the same name.
     """
     if path.name.endswith(".json") and ".index." in path.name:
-        return _open_shards(path, {other.name for other in path.parent.iterdir()})
+        return _open_shards(path, names_in(path.parent))
     if not path.is_dir():
         return TensorSource([open_file(path)])
-    try:
-        names = {other.name for other in path.iterdir()}
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}. Check its permissions.") from error
+    names = names_in(path)
     weights = pick_weights(names)
     if weights is None:
         raise no_weights(str(path), names)
@@ -146,9 +145,12 @@ def read_index(path: Path) -> dict[str, str]:
 
 
 def _open_shards(index: Path, names: Collection[str]) -> TensorSource:
-    """Opens the shards of an index, in a folder with files of these names."""
-    weight_map = read_index(index)
-    shards = sorted(set(weight_map.values()))
+    """Opens the shards of an index, in a folder with files of these names.
+
+    All that the shards hold counts, as in transformers: an index may list tensors that were not written because they
+    are tied to others, or that later versions do without. What an encoder lacks, its own comparison tells.
+    """
+    shards = sorted(set(read_index(index).values()))
     missing = [shard for shard in shards if shard not in names]
     if missing:
         raise CheckpointError(
@@ -156,32 +158,23 @@ def _open_shards(index: Path, names: Collection[str]) -> TensorSource:
             f" {', '.join(missing)}. Download or copy these as well."
         )
     parts = [open_file(index.parent / shard) for shard in shards]
-    faults = [fault for part in parts for fault in _index_faults(part, weight_map)]
-    if faults:
+    holders: dict[str, list[str]] = defaultdict(list)
+    for part in parts:
+        for name in part.tensors:
+            holders[name].append(part.path.name)
+    twice = [f"{name!r} in {' and '.join(held)}" for name, held in holders.items() if len(held) > 1]
+    if twice:
         raise CheckpointError(
-            f"{index}: expected the tensors that it lists, found {_listed(faults, '; ')}. Get the index and"
-            " all shards again, from one place."
+            f"{index}: expected every tensor in one shard, found {_listed(twice)}. Get the index and all shards "
+            f"again, from one place."
         )
     return TensorSource(parts)
 
 
-def _index_faults(part: TensorFile, weight_map: Mapping[str, str]) -> list[str]:
-    """Where an index and a shard disagree: nowhere if each tensor is in the shard that it names."""
-    shard = part.path.name
-    lacking = [name for name, place in weight_map.items() if place == shard and name not in part.tensors]
-    misplaced = [name for name in part.tensors if weight_map.get(name, shard) != shard]
-    unlisted = [name for name in part.tensors if name not in weight_map]
-    return [
-        *(f"{shard} lacks {name!r}" for name in lacking),
-        *(f"{shard} holds {name!r} of {weight_map[name]}" for name in misplaced),
-        *(f"{shard} holds {name!r}, which is not listed" for name in unlisted),
-    ]
-
-
-def _listed(items: Sequence[str], separator: str = ", ") -> str:
+def _listed(items: Sequence[str]) -> str:
     """Items for a message, of which there may be very many."""
     more = len(items) - _MAX_LISTED
-    return separator.join(items[:_MAX_LISTED]) + (f" and {more} more" if more > 0 else "")
+    return ", ".join(items[:_MAX_LISTED]) + (f" and {more} more" if more > 0 else "")
 
 
 def sha256(path: Path, progress: Callable[[int], object] | None = None) -> str:

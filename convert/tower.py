@@ -26,9 +26,10 @@ from clip_jax.params.memory import aligned_copy
 from clip_jax.params.quantize import PLAIN, Scheme
 from clip_jax.params.shapes import TensorSpec, param_shapes
 from clip_jax.params.shard import Index, sharded_array
-from clip_jax.tokenizers import ClipTokenizer, RowTokenizer, read_tokenizer
+from clip_jax.tokenizers import ClipTokenizer, RowTokenizer, T5Tokenizer, read_tokenizer
+from clip_jax.tokenizers.files import exists
 
-_TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "spiece.model")
+_CLIP_TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "spiece.model")
 _PROJECTION = "text_projection.weight"
 _SWITCH = 'text_projection="as_is" or "transpose" (--text-projection)'
 
@@ -126,15 +127,16 @@ class ForeignTower:
     def tokenizer(self) -> RowTokenizer:
         """The tokenizer of its folder; where there is none, the packaged one of CLIP, or that of a GGUF file."""
         folder = self.tokenizer_folder
-        if folder is not None and any((folder / name).is_file() for name in _TOKENIZER_FILES):
-            return read_tokenizer(self.config, folder)
         if isinstance(self.config, ClipTextConfig):
+            if folder is not None and any(exists(folder / name) for name in _CLIP_TOKENIZER_FILES):
+                return read_tokenizer(self.config, folder)
             return ClipTokenizer.packaged(self.pad_token, self.config.max_position_embeddings)
-        if "tokenizer.ggml.tokens" in self.source.metadata:
+        found = None if folder is None else T5Tokenizer.find(folder)  # beside a file CLIP's may lie as well
+        if found is None and "tokenizer.ggml.tokens" in self.source.metadata:
             from clip_jax.convert.gguf_tokenizer import gguf_tokenizer
 
             return gguf_tokenizer(self.source.metadata, self.source.files[0])
-        return read_tokenizer(self.config, folder or Path())  # says what is missing
+        return found or read_tokenizer(self.config, folder or Path())  # which says what is missing
 
 
 def open_tower(

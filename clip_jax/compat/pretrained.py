@@ -25,7 +25,7 @@ from clip_jax.errors import CheckpointError, ClipJaxError, ConfigError
 from clip_jax.params.shapes import TensorSpec, check_shapes, flatten, param_shapes, unflatten
 from clip_jax.params.shard import over_auto_axes
 from clip_jax.progress import byte_bar
-from clip_jax.tokenizers.files import read_json
+from clip_jax.tokenizers.files import exists, listing, read_json
 
 #: One sharding for all, a tree like that of the params, or a function of a path and its shape and dtype.
 Shardings: TypeAlias = (
@@ -62,10 +62,9 @@ def load_pretrained(
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is no folder; expected one with config.json and weights.")
     if config is None:
-        if not (folder / "config.json").is_file():
-            found = ", ".join(sorted(path.name for path in folder.iterdir())[:8])
+        if not exists(folder / "config.json"):
             raise CheckpointError(
-                f"{folder} has no config.json, found {found or 'nothing'}. Name the text encoder's folder with "
+                f"{folder} has no config.json, found {listing(folder)}. Name the text encoder's folder with "
                 f"subfolder=, or pass config=."
             )
     elif fields:

@@ -16,6 +16,7 @@ import glob
 import importlib.metadata
 import json
 import logging
+import os
 import tempfile
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -31,13 +32,7 @@ from clip_jax.errors import CheckpointError
 from clip_jax.params.arrays import StoredArray, open_arrays
 from clip_jax.params.cast import check_range
 from clip_jax.params.quantize import PLAIN, Scheme, join, scheme_called
-from clip_jax.params.shapes import (
-    TensorSpec,
-    check_shapes,
-    list_faults,
-    param_shapes,
-    unflatten,
-)
+from clip_jax.params.shapes import TensorSpec, check_shapes, list_faults, param_shapes, unflatten
 from clip_jax.params.shard import Placement, sharded_array
 from clip_jax.params.staging import CHECKPOINT_MARK, staged_folder
 from clip_jax.progress import byte_bar
@@ -82,7 +77,7 @@ class CheckpointMetadata:
 def is_checkpoint(path: Path) -> bool:
     """Whether `path` is, or was to become, an Orbax folder."""
     marks = ("_CHECKPOINT_METADATA", "orbax.checkpoint", "manifest.ocdbt", "_METADATA", "state")
-    return path.is_dir() and (path.name.endswith(".partial_save") or any((path / m).exists() for m in marks))
+    return path.is_dir() and (path.name.endswith(".partial_save") or any(os.path.exists(path / m) for m in marks))
 
 
 def write_checkpoint(

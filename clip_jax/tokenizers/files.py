@@ -1,12 +1,15 @@
-"""Reads the files of a tokenizer folder."""
+"""Reads the small text files of a checkpoint, among them those of a tokenizer folder."""
 
+import contextlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 from clip_jax.errors import CheckpointError
 
 _NO_LIMIT = 10**20  # transformers writes int(1e30) for "no maximum"
+_MAX_NAMES = 8  # of files in one message
 
 
 def token_content(token: str | dict[str, Any] | None) -> str | None:
@@ -30,14 +33,14 @@ def model_max_length(settings: dict[str, Any], path: Path, default: int) -> int:
 
 def read_optional_json(path: Path) -> dict[str, Any]:
     """As `read_json`; empty where there is no such file."""
-    return read_json(path) if path.exists() else {}
+    return read_json(path) if exists(path) else {}
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """Reads a JSON object.
 
     Raises:
-        CheckpointError: Not UTF-8, not JSON, not an object, or a Git LFS pointer.
+        CheckpointError: It cannot be read, or is not UTF-8, not JSON, not an object, or a Git LFS pointer.
     """
     try:
         value = json.loads(read_text(path))
@@ -52,10 +55,12 @@ def read_text(path: Path) -> str:
     """Reads a text file.
 
     Raises:
-        CheckpointError: Not UTF-8, or a Git LFS pointer.
+        CheckpointError: It cannot be read, or is not UTF-8, or a Git LFS pointer.
     """
     try:
         text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise _unreadable(path, error) from error
     except UnicodeDecodeError as error:
         raise CheckpointError(f"{path}: expected UTF-8 text, found {error}; fetch the file again.") from error
     if text.startswith("version https://git-lfs"):
@@ -63,3 +68,46 @@ def read_text(path: Path) -> str:
             f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull`, or download the file."
         )
     return text
+
+
+def expanded(path: str | os.PathLike[str]) -> Path:
+    """A path that a user gave, with `~` for the user's folder."""
+    with contextlib.suppress(RuntimeError):  # no such user: then it is a plain name
+        return Path(path).expanduser()
+    return Path(path)
+
+
+def exists(path: Path) -> bool:
+    """Whether there is a file, or a folder, at a path.
+
+    Raises:
+        CheckpointError: The folder that it would be in may not be looked into.
+    """
+    try:
+        return path.exists()
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def names_in(folder: Path) -> set[str]:
+    """The plain names of what is in a folder.
+
+    Raises:
+        CheckpointError: It cannot be read.
+    """
+    try:
+        return {path.name for path in folder.iterdir()}
+    except OSError as error:
+        raise _unreadable(folder, error) from error
+
+
+def listing(folder: Path) -> str:
+    """What is in a folder, for messages."""
+    if not folder.is_dir():
+        return "no such folder"
+    names = sorted(names_in(folder))
+    return ", ".join(names[:_MAX_NAMES] + ["..."] * (len(names) > _MAX_NAMES)) or "an empty folder"
+
+
+def _unreadable(path: Path, error: OSError) -> CheckpointError:
+    return CheckpointError(f"{path}: cannot be read: {error.strerror}. Check the path and its permissions.")

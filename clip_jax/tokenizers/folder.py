@@ -11,7 +11,15 @@ from typing import Any
 from tokenizers import AddedToken
 
 from clip_jax.errors import CheckpointError
-from clip_jax.tokenizers.files import model_max_length, read_json, read_optional_json, read_text, token_content
+from clip_jax.tokenizers.files import (
+    exists,
+    listing,
+    model_max_length,
+    read_json,
+    read_optional_json,
+    read_text,
+    token_content,
+)
 from clip_jax.tokenizers.pipeline import BOS, END_OF_WORD, EOS, MAX_LENGTH, Recipe
 
 _DEFAULT_SPECIAL = {"bos_token": BOS, "eos_token": EOS, "unk_token": EOS, "pad_token": EOS}
@@ -29,13 +37,13 @@ def read_folder(folder: Path) -> Recipe:
     Raises:
         CheckpointError: files are missing, unreadable, or of another kind of tokenizer.
     """
-    if (folder / "spiece.model").exists():
+    if exists(folder / "spiece.model"):
         raise CheckpointError(
             f"{folder} holds spiece.model, a SentencePiece tokenizer (T5's). {_WANTED}; pass the folder of "
             "the CLIP tokenizer (usually tokenizer/ or tokenizer_2/)."
         )
     whole_path = folder / "tokenizer.json"
-    whole = read_json(whole_path) if whole_path.exists() else None
+    whole = read_json(whole_path) if exists(whole_path) else None
     if whole is not None:
         vocab, merges = _bpe_of_tokenizer_json(whole, whole_path)
     else:
@@ -90,12 +98,11 @@ def _bpe_of_tokenizer_json(whole: dict[str, Any], path: Path) -> tuple[dict[str,
 
 
 def _read_vocab_and_merges(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    missing = [name for name in ("vocab.json", "merges.txt") if not (folder / name).exists()]
+    missing = [name for name in ("vocab.json", "merges.txt") if not exists(folder / name)]
     if missing:
-        found = ", ".join(sorted(path.name for path in folder.iterdir())) if folder.is_dir() else "no such folder"
         raise CheckpointError(
             f"No tokenizer in {folder}: {' and '.join(missing)} missing, and no tokenizer.json. {_WANTED}; "
-            f"found: {found or 'an empty folder'}. Pass the tokenizer folder, or use the packaged vocabulary."
+            f"found: {listing(folder)}. Pass the tokenizer folder, or use the packaged vocabulary."
         )
     path = folder / "merges.txt"
     lines = [line for line in read_text(path).splitlines() if line and not line.startswith("#version")]

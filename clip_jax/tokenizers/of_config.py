@@ -9,6 +9,7 @@ from pathlib import Path
 from clip_jax.config import ClipTextConfig, TowerConfig
 from clip_jax.errors import CheckpointError, ClipJaxError
 from clip_jax.tokenizers.clip import ClipTokenizer
+from clip_jax.tokenizers.files import expanded
 from clip_jax.tokenizers.rows import RowTokenizer
 from clip_jax.tokenizers.t5 import T5Tokenizer
 
@@ -24,7 +25,7 @@ def read_tokenizer(config: TowerConfig, folder: Path) -> RowTokenizer:
 
 
 def check_vocabulary(tokenizer: RowTokenizer, config: TowerConfig, tower: str) -> None:
-    """Refuses ids beyond the embedding: jax would clamp them to its last row without a word.
+    """Refuses ids beyond the embedding, which has no row for them.
 
     Raises:
         CheckpointError: The tokenizer has more tokens than the embedding has rows.
@@ -66,6 +67,6 @@ def choose_tokenizers(
     tokenizers = {}
     for name, config in configs.items():
         folder = folders.get(name)
-        tokenizers[name] = own(name) if folder is None else read_tokenizer(config, Path(folder))
+        tokenizers[name] = own(name) if folder is None else read_tokenizer(config, expanded(folder))
         check_vocabulary(tokenizers[name], config, name)
     return tokenizers

@@ -1,13 +1,14 @@
 """T5's tokenizer: prompts to padded ids, on the host."""
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from clip_jax.errors import CheckpointError
-from clip_jax.tokenizers.files import model_max_length, read_json, read_optional_json, token_content
+from clip_jax.tokenizers.files import exists, listing, model_max_length, read_optional_json, token_content
 from clip_jax.tokenizers.rows import RowTokenizer
 
 MAX_LENGTH = 512
@@ -48,32 +49,55 @@ class T5Tokenizer(RowTokenizer):
             CheckpointError: files are missing, unreadable, or of another kind of tokenizer, or a package that
                 reads spiece.model is missing.
         """
+        found = cls.find(folder)
+        if found is None:
+            raise CheckpointError(
+                f"No T5 tokenizer in {folder}: expected spiece.model or a tokenizer.json with a 'Unigram' model "
+                f"(CLIP's has 'BPE'); found: {listing(Path(folder))}. {_ADVICE}"
+            )
+        return found
+
+    @classmethod
+    def find(cls, folder: Path) -> Self | None:
+        """As `from_folder`; None where there is no T5 tokenizer, though perhaps another one."""
         folder = Path(folder)
-        if (folder / "tokenizer.json").exists():
-            source, whole = folder / "tokenizer.json", read_json(folder / "tokenizer.json")
-        elif (folder / "spiece.model").exists():
-            source, whole = folder / "spiece.model", _convert_sentencepiece(folder)
-        else:
-            raise CheckpointError(f"No T5 tokenizer in {folder}: expected tokenizer.json or spiece.model. {_ADVICE}")
-        settings = read_optional_json(folder / "tokenizer_config.json")
+        source = folder / "tokenizer.json"
+        whole = read_optional_json(source)
+        others = bool(whole) and not _is_unigram(whole)  # CLIP's, and then the settings are so, too
+        if others or not whole:
+            source = folder / "spiece.model"
+            if not exists(source):
+                return None
+            whole = _convert_sentencepiece(folder, alone=others)
+        settings = {} if others else read_optional_json(folder / "tokenizer_config.json")
         special = {name: token_content(settings.get(name)) or token for name, token in _DEFAULT_SPECIAL.items()}
         length = model_max_length(settings, folder / "tokenizer_config.json", MAX_LENGTH)
         return cls(build_pipeline(whole, special, source), special, length)
 
 
-def _convert_sentencepiece(folder: Path) -> dict[str, Any]:
-    """The tokenizer.json that transformers makes of spiece.model."""
+def _is_unigram(whole: dict[str, Any]) -> bool:
+    """Whether a tokenizer.json is of T5's kind, whose vocabulary is a list of tokens and scores."""
+    model = whole.get("model")
+    return isinstance(model, dict) and isinstance(model.get("vocab"), list)
+
+
+def _convert_sentencepiece(folder: Path, *, alone: bool) -> dict[str, Any]:
+    """The tokenizer.json that transformers makes of spiece.model; `alone`, without what lies beside it."""
     try:
         import google.protobuf  # noqa: F401  with this and the next, transformers reads spiece.model
         import sentencepiece  # noqa: F401
         import transformers
     except ImportError as error:
         raise CheckpointError(
-            f"{folder} has spiece.model and no tokenizer.json, and {error.name}, which reads it, is not "
+            f"{folder} has spiece.model and no tokenizer.json of T5, and {error.name}, which reads it, is not "
             "installed. Run `pip install transformers sentencepiece protobuf`, or put a tokenizer.json in "
             "the folder: all T5 v1.1 encoders have the same one (FLUX's is in tokenizer_2/)."
         ) from error
-    return json.loads(transformers.T5TokenizerFast.from_pretrained(folder).backend_tokenizer.to_str())
+    with tempfile.TemporaryDirectory() as place:
+        if alone:
+            (Path(place) / "spiece.model").symlink_to((folder / "spiece.model").resolve())
+        tokenizer = transformers.T5TokenizerFast.from_pretrained(place if alone else folder)
+    return json.loads(tokenizer.backend_tokenizer.to_str())
 
 
 def build_pipeline(whole: dict[str, Any], special: dict[str, str], source: Path | str) -> Tokenizer:
@@ -83,14 +107,9 @@ def build_pipeline(whole: dict[str, Any], special: dict[str, str], source: Path 
     wrote split words in other ways, and may hold a truncation and a padding.
 
     Raises:
-        CheckpointError: not a Unigram tokenizer, or without one of the special tokens.
+        CheckpointError: damaged, or without one of the special tokens.
     """
-    model = whole.get("model") or {}
-    if not isinstance(model.get("vocab"), list):
-        raise CheckpointError(
-            f"{source} is no T5 tokenizer: found a model of type {model.get('type')!r}, expected 'Unigram' "
-            f"(CLIP's is 'BPE'). {_ADVICE}"
-        )
+    model = whole["model"]
     parts = {"truncation": None, "padding": None, "pre_tokenizer": None, "post_processor": None}
     whole = {**whole, **parts, "normalizer": _character_map(whole.get("normalizer"))}
     try:

@@ -20,6 +20,6 @@ def as_hf(state: StateDict) -> dict[str, Tensor]:
     """The same tensors under the names and in the layout of torch."""
     result = {}
     for name, tensor in state.items():
-        module, _, leaf = name.replace("/", ".").rpartition(".")
-        result[f"{module}.{_LEAVES.get(leaf, leaf)}"] = tensor.transposed() if leaf == "kernel" else tensor
+        module, dot, leaf = name.replace("/", ".").rpartition(".")
+        result[f"{module}{dot}{_LEAVES.get(leaf, leaf)}"] = tensor.transposed() if leaf == "kernel" else tensor
     return result

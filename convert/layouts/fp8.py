@@ -106,11 +106,13 @@ def _check_formats(state: StateDict, prefix: str, metadata: Mapping[str, Any], w
 
 def _scaled(tensor: Tensor, scale: Tensor, where: str) -> Tensor:
     rows = tensor.shape[:1]
-    fits = scale.shape in ((), (1,), rows, (*rows, 1)) and scale.dtype.name in ("float32", "bfloat16", "float16")
+    shapes = ((), (1,), (1, 1), rows, (*rows, 1))
+    fits = scale.shape in shapes and scale.dtype.name in ("float32", "bfloat16", "float16")
     if tensor.dtype.name not in _FLOAT8 or len(tensor.shape) != 2 or not fits:
         raise CheckpointError(
-            f"{where}: {tensor.key} is {tensor.dtype} of shape {tensor.shape} with a scale {scale.dtype} of shape "
-            f"{scale.shape}; expected a matrix of 8-bit floats and one scale, or one a row. It cannot be read."
+            f"{where}: {tensor.key} is {tensor.stored or tensor.dtype} of shape {tensor.shape} with a scale "
+            f"{scale.stored or scale.dtype} of shape {scale.shape}; expected a matrix of 8-bit floats and one scale, "
+            f"or one a row. It cannot be read."
         )
 
     def read() -> np.ndarray:

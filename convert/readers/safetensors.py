@@ -39,6 +39,10 @@ DTYPES: Mapping[str, np.dtype] = MappingProxyType(
         "BF16": np.dtype(ml_dtypes.bfloat16),
         "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
         "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+        "F8_E4M3FNUZ": np.dtype(ml_dtypes.float8_e4m3fnuz),
+        "F8_E5M2FNUZ": np.dtype(ml_dtypes.float8_e5m2fnuz),
+        "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
+        "C64": np.dtype("<c8"),
         "I64": np.dtype("<i8"),
         "I32": np.dtype("<i4"),
         "I16": np.dtype("<i2"),
@@ -51,6 +55,10 @@ DTYPES: Mapping[str, np.dtype] = MappingProxyType(
     }
 )
 """Names of dtypes in a header, and what they are in numpy."""
+
+# Dtypes that numpy cannot view -> bits of an element. A diffusion model in the same file may be stored so.
+_PACKED_BITS: Mapping[str, int] = MappingProxyType({"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6})
+_NOTHING = np.dtype("V")  # of what cannot be read
 
 _MAX_DIMS = 64  # of a numpy array
 _MAX_NUMBER = 2**63 - 1  # numpy counts bytes in int64, and skips dimensions of 0 when it checks that they fit
@@ -103,11 +111,16 @@ class SafetensorsFile:
             name: Its key in `tensors`.
 
         Raises:
-            CheckpointError: If the file has no such tensor.
+            CheckpointError: If the file has no such tensor, or one of a dtype that is not read.
         """
         if name not in self.tensors:
             raise no_tensor(self, name)
         place = self._places[name]
+        if place.dtype == _NOTHING:
+            raise CheckpointError(
+                f"{self.path}: {name!r} is of dtype {place.stored}, which is not read; expected one of "
+                f"{', '.join(DTYPES)}. Take the float16, bfloat16 or scaled fp8 file of the same model."
+            )
         return self._data[place.begin : place.end].view(place.dtype).reshape(place.shape)
 
 
@@ -149,23 +162,24 @@ def _place(path: Path, name: str, entry: object) -> _Place:
             f"expected whole numbers from 0 to 2**63 - 1, and begin <= end, for tensor {short(name)},"
             f" found shape {short(shape)} and data_offsets {short([begin, end])}",
         )
-    if dtype_name not in DTYPES:
+    if dtype_name not in DTYPES and dtype_name not in _PACKED_BITS:
         raise CheckpointError(
             f"{path}: expected one of the dtypes {', '.join(DTYPES)} for tensor {short(name)}, found"
             f" {short(dtype_name)}. Save the checkpoint in one of these."
         )
-    dtype = DTYPES[dtype_name]
+    bits = _PACKED_BITS.get(dtype_name) or 8 * DTYPES[dtype_name].itemsize
     nonzero = (size or 1 for size in shape)
-    if len(shape) > _MAX_DIMS or math.prod(nonzero) * dtype.itemsize > _MAX_NUMBER:
+    if len(shape) > _MAX_DIMS or math.prod(nonzero) * bits > 8 * _MAX_NUMBER:
         raise damaged(path, f"the shape {short(shape)} of tensor {short(name)} is too large for any array")
-    nbytes = math.prod(shape) * dtype.itemsize
-    if end - begin != nbytes:
+    nbytes, rest = divmod(math.prod(shape) * bits, 8)
+    if rest or end - begin != nbytes:
         raise damaged(
             path,
-            f"expected {nbytes} bytes for tensor {short(name)}, {dtype_name} of shape {short(shape)},"
-            f" found {end - begin}",
+            f"expected {f'{nbytes} bytes and {rest} bits' if rest else f'{nbytes} bytes'} for tensor {short(name)},"
+            f" {dtype_name} of shape {short(shape)}, found {end - begin} bytes",
         )
-    return _Place(name, tuple(shape), dtype, path, begin=begin, end=end)
+    dtype, stored = (_NOTHING, dtype_name) if dtype_name in _PACKED_BITS else (DTYPES[dtype_name], None)
+    return _Place(name, tuple(shape), dtype, path, stored, begin=begin, end=end)
 
 
 def _check_layout(path: Path, places: list[_Place], available: int) -> None:

@@ -24,6 +24,11 @@ DTYPES: Mapping[str, np.dtype] = MappingProxyType(
         "torch.bfloat16": np.dtype(ml_dtypes.bfloat16),
         "torch.float8_e4m3fn": np.dtype(ml_dtypes.float8_e4m3fn),
         "torch.float8_e5m2": np.dtype(ml_dtypes.float8_e5m2),
+        "torch.float8_e4m3fnuz": np.dtype(ml_dtypes.float8_e4m3fnuz),
+        "torch.float8_e5m2fnuz": np.dtype(ml_dtypes.float8_e5m2fnuz),
+        "torch.float8_e8m0fnu": np.dtype(ml_dtypes.float8_e8m0fnu),
+        "torch.complex64": np.dtype("<c8"),
+        "torch.complex128": np.dtype("<c16"),
         "torch.int64": np.dtype("<i8"),
         "torch.int32": np.dtype("<i4"),
         "torch.int16": np.dtype("<i2"),
@@ -49,6 +54,8 @@ STORAGES: Mapping[str, np.dtype] = MappingProxyType(
         "torch.CharStorage": DTYPES["torch.int8"],
         "torch.ByteStorage": DTYPES["torch.uint8"],
         "torch.BoolStorage": DTYPES["torch.bool"],
+        "torch.ComplexFloatStorage": DTYPES["torch.complex64"],
+        "torch.ComplexDoubleStorage": DTYPES["torch.complex128"],
         "torch.storage.UntypedStorage": DTYPES["torch.uint8"],
     }
 )

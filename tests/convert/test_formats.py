@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,17 +11,19 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 import clip_jax
-from clip_jax import FAMILIES
+from clip_jax import FAMILIES, CheckpointError
 from clip_jax.convert import convert
 from clip_jax.params.shapes import flatten
 from clip_jax.tokenizers.stand_in import stand_in_t5_tokenizer
-from tests.checkpoints import hf_state
+from tests.checkpoints import hf_state, write_clip_model
 from tests.formats import LAYOUTS, Layout
-from tests.formats.files import write_safetensors
+from tests.formats.files import write_msgpack, write_safetensors
 from tests.formats.model import CONFIGS, SD2_H, State, configs_of, model, used, write_pipeline_folder
-from tests.formats.names import open_clip
+from tests.formats.names import flax, open_clip
+from tests.formats.values import comfy_2024, scaled
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -186,3 +189,69 @@ def test_longclip_has_its_248_positions(tmp_path):
     source = write_safetensors(tmp_path / "0.weights", open_clip(hf_state(config)))
     encoder = clip_jax.load(source, config={"clip_l": config})
     assert encoder("a cat " * 100).prompt_embeds.shape == (2, 248, 16)
+
+
+def test_a_whole_clip_model_of_flax_is_read(tmp_path):
+    """Its temperature stands at the top, below no module."""
+    config = CONFIGS["clip_l"]
+    folder = write_clip_model(tmp_path / "clip", config, model("clip_l"))
+    whole = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    top = {"logit_scale": whole.pop("logit_scale")}
+    write_msgpack(folder / "flax_model.msgpack", {**flax(whole), **top})
+    encoder = clip_jax.load(folder, family="sd15")
+    assert_params_are(encoder.params["clip_l"], model("clip_l"))
+    assert "logit_scale" in encoder.provenance["towers"]["clip_l"]["ignored"]
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
+def test_the_scale_of_a_tensor_may_have_any_shape_of_one(tmp_path, shape, t5_tokenizer):
+    state = comfy_2024(scaled(model("t5")))
+    reshaped = {n: a.reshape(shape) if n.endswith(".scale_weight") else a for n, a in state.items()}
+    options = {"config": configs_of("flux"), "tokenizer": {"t5": t5_tokenizer}}
+    clip_l = write_safetensors(tmp_path / "0.weights", model("clip_l"))
+    found = [
+        flatten(clip_jax.load([clip_l, write_safetensors(tmp_path / "1.weights", t5)], **options).params["t5"])
+        for t5 in (state, reshaped)
+    ]
+    assert found[0].keys() == found[1].keys()
+    for path, array in found[0].items():
+        np.testing.assert_array_equal(found[1][path], array, err_msg=path)
+
+
+def test_the_tokenizer_that_comfyui_saves_as_a_tensor_is_ignored(tmp_path, t5_tokenizer):
+    t5 = {**model("t5"), "spiece_model": np.frombuffer(b"pieces", np.uint8)}
+    sources = [write_safetensors(tmp_path / f"{i}.weights", state) for i, state in enumerate((model("clip_l"), t5))]
+    encoder = clip_jax.load(sources, config=configs_of("flux"), tokenizer={"t5": t5_tokenizer})
+    assert encoder.provenance["towers"]["t5"]["ignored"] == ["spiece_model"]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape", "nbytes"), [("F4", [3, 4], 6), ("F8_E8M0", [5], 5), ("C64", [2], 16), ("F8_E4M3FNUZ", [5], 5)]
+)
+def test_the_dtypes_of_a_diffusion_model_in_the_same_file_do_not_matter(tmp_path, dtype, shape, nbytes):
+    prefix = "cond_stage_model.transformer."
+    path = write_safetensors(tmp_path / "0", {prefix + name: array for name, array in model("clip_l").items()})
+    add_tensor(path, "model.diffusion_model.x.weight", dtype, shape, nbytes)
+    encoder = clip_jax.load(path, config=configs_of("sd15"))
+    assert_params_are(encoder.params["clip_l"], model("clip_l"))
+
+
+@pytest.mark.parametrize(("dtype", "found"), [("F4", "F4"), ("C64", "complex64")])
+def test_such_a_dtype_in_the_text_encoder_is_refused_by_name(tmp_path, dtype, found):
+    name = "text_model.encoder.layers.0.mlp.fc1.weight"
+    state = {other: array for other, array in model("clip_l").items() if other != name}
+    path = write_safetensors(tmp_path / "0", state)
+    add_tensor(path, name, dtype, [32, 16], 32 * 16 * {"F4": 1, "C64": 16}[dtype] // 2)
+    with pytest.raises(CheckpointError, match=rf"dtypes that are not read: .* found \(1\): {name} is {found}"):
+        clip_jax.load(path, config=configs_of("sd15"))
+
+
+def add_tensor(path: Path, name: str, dtype: str, shape: list[int], nbytes: int) -> None:
+    """Puts a tensor of any dtype at the end of a safetensors file."""
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header, data = json.loads(content[8 : 8 + length]), content[8 + length :]
+    header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [len(data), len(data) + nbytes]}
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data + bytes(nbytes))

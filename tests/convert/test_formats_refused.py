@@ -282,8 +282,8 @@ def test_the_embedding_of_t5_may_be_there_twice_if_it_is_the_same(tmp_path):
 def test_the_width_of_clip_b_needs_a_config(tmp_path):
     refused(
         write(tmp_path, L),
-        r"holds a CLIP text model of width 16; expected one of 768 \(clip_l\), 1024 \(clip_h\), 1280 \(clip_g\)\. Its "
-        r"activation cannot be told from the weights: say what it is with config=",
+        r"holds a CLIP text model of width 16; expected one of 768 \(clip_l\), 1024 \(clip_h\), 1280 \(clip_g\)\. "
+        r"Which tower it is, and its activation, cannot be told from the weights: say so with config=",
     )
 
 

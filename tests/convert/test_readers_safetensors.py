@@ -43,7 +43,7 @@ def test_reads_what_the_safetensors_package_wrote(tmp_path):
     arrays = {
         name: rng.integers(0, 2, 6).astype(dtype).reshape(2, 3)
         for name, dtype in DTYPES.items()
-        if not name.startswith("F8")
+        if not name.startswith(("F8", "C"))
     }
     arrays["scalar"] = np.array(0.5, np.float32)
     arrays["empty"] = np.zeros((0, 3), np.float16)
@@ -66,6 +66,7 @@ def test_reads_what_the_safetensors_package_wrote(tmp_path):
         ("BF16", ml_dtypes.bfloat16),
         ("F8_E4M3", ml_dtypes.float8_e4m3fn),
         ("F8_E5M2", ml_dtypes.float8_e5m2),
+        ("C64", np.complex64),
     ],
 )
 def test_reads_the_dtypes_that_numpy_lacks(tmp_path, name, dtype):
@@ -75,7 +76,26 @@ def test_reads_the_dtypes_that_numpy_lacks(tmp_path, name, dtype):
     read = SafetensorsFile(path).read("x")
 
     assert read.dtype == dtype
-    np.testing.assert_array_equal(read.astype(np.float32), [0.0, -1.5, 2.0, 448.0, 2**-6])
+    np.testing.assert_array_equal(read.astype(np.complex64), [0.0, -1.5, 2.0, 448.0, 2**-6])
+
+
+@pytest.mark.parametrize(("name", "shape", "nbytes"), [("F4", [3, 2], 3), ("F6_E2M3", [4], 3), ("F6_E3M2", [2, 4], 6)])
+def test_a_dtype_that_is_not_read_does_not_matter_elsewhere(tmp_path, name, shape, nbytes):
+    header = {"odd": entry(name, shape, [0, nbytes]), "x": entry(offsets=[nbytes, nbytes + 8])}
+    file = SafetensorsFile(write(tmp_path, pack(header, bytes(nbytes) + struct.pack("<2f", 1, 2))))
+
+    np.testing.assert_array_equal(file.read("x"), [1, 2])
+    assert (file.tensors["odd"].shape, file.tensors["odd"].stored) == (tuple(shape), name)
+    with pytest.raises(
+        CheckpointError, match=rf"'odd' is of dtype {name}, which is not read; expected one of F64, F32"
+    ):
+        file.read("odd")
+
+
+@pytest.mark.parametrize("name", ["F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"])
+def test_the_other_8_bit_floats_have_a_byte_each(tmp_path, name):
+    file = SafetensorsFile(write(tmp_path, pack({"x": entry(name, [2, 3], [0, 6])}, bytes(range(6)))))
+    assert (file.read("x").dtype, file.read("x").tobytes()) == (DTYPES[name], bytes(range(6)))
 
 
 def test_read_is_a_read_only_view_that_outlives_its_reader(tmp_path):
@@ -188,7 +208,11 @@ def test_not_a_whole_safetensors_file(tmp_path, content, message):
         ({"a": entry(shape=[0, 2**62], offsets=[0, 0])}, "too large for any array"),
         ({"a": entry(shape=[1] * 65, offsets=[0, 4])}, "too large for any array"),
         ({"a": entry(shape=[3])}, r"expected 12 bytes for tensor 'a', F32 of shape \[3\], found 8"),
-        ({"a": entry(dtype="F4")}, "expected one of the dtypes F64, F32, .* for tensor 'a', found 'F4'"),
+        ({"a": entry(dtype="F3")}, "expected one of the dtypes F64, F32, .* for tensor 'a', found 'F3'"),
+        ({"a": entry(dtype="F4")}, r"expected 1 bytes for tensor 'a', F4 of shape \[2\], found 8"),
+        ({"a": entry("F4", [15])}, r"expected 7 bytes and 4 bits for tensor 'a', F4 of shape \[15\], found 8"),
+        ({"a": entry("F6_E2M3", [10])}, r"expected 7 bytes and 4 bits for tensor 'a', F6_E2M3 of shape \[10\]"),
+        ({"a": entry("F4", [2**62, 8])}, "too large for any array"),
         ({"a": entry(), "b": entry(offsets=[4, 12])}, "expected 'b' at byte 8, found it at 4: it overlaps"),
         ({"a": entry(), "b": entry()}, "expected 'b' at byte 8, found it at 0: it overlaps"),
         (
@@ -300,6 +324,9 @@ def test_mutated_files_fail_cleanly_or_read_as_the_safetensors_package_reads_the
         oracle = dict(safetensors.deserialize(mutant))
         assert set(file.tensors) == set(oracle)
         for name, expected in oracle.items():
+            if file.tensors[name].stored:
+                assert expected["dtype"] == file.tensors[name].stored == "F4"
+                continue
             read = file.read(name)
             assert list(read.shape) == expected["shape"]
             assert read.dtype == DTYPES[expected["dtype"]]

@@ -11,6 +11,7 @@ import pytest
 from clip_jax.convert.readers import open_file
 from clip_jax.errors import CheckpointError
 from tests.convert import malicious
+from tests.formats import torch_zip
 from tests.formats.torch_zip import Global, write_torch_zip
 
 STATE = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b.c": np.array([1, -1], np.float16), "n": np.array(7)}
@@ -42,6 +43,16 @@ def test_a_tensor_is_a_view_that_cannot_be_written_to(tmp_path):
     array = open_file(write_torch_zip(tmp_path / "x", STATE)).read("a")
     assert not array.flags.owndata
     assert not array.flags.writeable
+
+
+@pytest.mark.parametrize(("dtype", "storage"), [("complex64", "ComplexFloat"), ("complex128", "ComplexDouble")])
+def test_complex_numbers_are_read(tmp_path, monkeypatch, dtype, storage):
+    """A buffer of rotary positions, in a model beside the text encoder."""
+    monkeypatch.setitem(torch_zip._STORAGES, dtype, f"{storage}Storage")
+    array = np.array([1 + 2j, -3j], dtype)
+    file = open_file(write_torch_zip(tmp_path / "x", {"freqs": array, **STATE}))
+    np.testing.assert_array_equal(file.read("freqs"), array, strict=True)
+    np.testing.assert_array_equal(file.read("a"), STATE["a"], strict=True)
 
 
 @pytest.mark.parametrize("beside", [{}, {"epoch": 3, "name": "x", "opt": [np.ones(2, np.float32)], "none": None}])

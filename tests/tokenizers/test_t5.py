@@ -5,6 +5,7 @@ import json
 import sys
 import types
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -177,14 +178,43 @@ def test_a_tokenizer_without_character_map(tmp_path):
 
 
 def test_no_tokenizer_is_an_error(tmp_path):
-    with pytest.raises(CheckpointError, match=r"expected tokenizer\.json or spiece\.model.*tokenizer_2/ of FLUX"):
+    with pytest.raises(CheckpointError, match=r"expected spiece\.model or a tokenizer\.json .*tokenizer_2/ of FLUX"):
         T5Tokenizer.from_folder(tmp_path)
 
 
 def test_the_tokenizer_of_clip_is_refused(tmp_path):
     ClipTokenizer.packaged().save(tmp_path)
-    with pytest.raises(CheckpointError, match=r"no T5 tokenizer: found a model of type 'BPE', expected 'Unigram'"):
+    message = (
+        r"No T5 tokenizer in .* a tokenizer\.json with a 'Unigram' model \(CLIP's has 'BPE'\); found: tokenizer\.json"
+    )
+    with pytest.raises(CheckpointError, match=message):
         T5Tokenizer.from_folder(tmp_path)
+    assert T5Tokenizer.find(tmp_path) is None
+
+
+@pytest.mark.parametrize("content", ["{}", '{"model": null}', '{"model": 3}', '{"model": {"vocab": {"a": 0}}}'])
+def test_what_has_no_list_of_pieces_is_another_tokenizer(tmp_path, content):
+    (tmp_path / "tokenizer.json").write_text(content)
+    assert T5Tokenizer.find(tmp_path) is None
+
+
+def test_spiece_model_counts_beside_the_tokenizer_of_clip(tmp_path, monkeypatch):
+    """By itself: transformers would take the tokenizer.json, and the settings are those of CLIP."""
+    ClipTokenizer.packaged().save(tmp_path)
+    (tmp_path / "spiece.model").write_bytes(b"pieces")
+
+    class Reader:
+        @staticmethod
+        def from_pretrained(folder):
+            assert {path.name: path.read_bytes() for path in Path(folder).iterdir()} == {"spiece.model": b"pieces"}
+            text = json.dumps(tokenizer_json())
+            return types.SimpleNamespace(backend_tokenizer=types.SimpleNamespace(to_str=lambda: text))
+
+    for name in ("google", "google.protobuf", "sentencepiece", "transformers"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    sys.modules["google"].protobuf = sys.modules["google.protobuf"]
+    sys.modules["transformers"].T5TokenizerFast = Reader
+    assert T5Tokenizer.from_folder(tmp_path).encode(["a cat"], max_length=4).tolist() == [[A, CAT, EOS, PAD]]
 
 
 def test_missing_special_tokens_are_named(tmp_path):
