@@ -220,7 +220,8 @@ def test_it_runs_where_jax_is_told_to_be_strict(tmp_path, name, dtype):
     with jax.numpy_rank_promotion("raise"), jax.transfer_guard("disallow"):
         with pytest.raises(Exception, match="[Dd]isallowed"):
             jax.jit(lambda x: x + 1)(np.ones(3, np.float32))
-        encoder.warmup()
+        if name == "sd15":  # FLUX has a program for every length of CLIP-L's ids
+            encoder.warmup()
         encoder("a cat", negative_prompt="blurry", guidance=True)
         out = encoder(["two dogs", "a cat"], negative_prompt="blurry", guidance=True)
         _ = out.cond, out.uncond, clip_jax.time_ids((8, 8)), clip_jax.refiner_time_ids((8, 8))

@@ -27,6 +27,10 @@ def pair(request, tmp_path_factory):
     return encoder, folder / "out"
 
 
+# What does not depend on it.
+of_one_family = pytest.mark.parametrize("pair", ["sdxl"], indirect=True)
+
+
 @pytest.fixture
 def exported(pair):
     return clip_jax.load_exported(pair[1], cache_bytes=0)
@@ -81,6 +85,7 @@ def test_what_it_was_not_made_for_is_refused(pair, exported):
             exported("a cat")
 
 
+@of_one_family
 def test_damage_and_other_folders_are_told(pair, tmp_path):
     encoder, folder = pair
     before = digests(folder)
@@ -105,6 +110,7 @@ def test_damage_and_other_folders_are_told(pair, tmp_path):
         clip_jax.load_exported(tmp_path / "damaged")
 
 
+@of_one_family
 def test_a_newer_version_is_told(pair, tmp_path):
     encoder, _ = pair
     encoder.export(tmp_path / "newer", **options(encoder))
@@ -115,6 +121,7 @@ def test_a_newer_version_is_told(pair, tmp_path):
         clip_jax.load_exported(tmp_path / "newer")
 
 
+@of_one_family
 def test_other_platforms_are_refused(pair, tmp_path):
     for wrong, found in ((["abacus"], "abacus"), (iter(["abacus"]), "abacus"), ([], "none")):
         with pytest.raises(ClipJaxError, match=f"platforms must be among cpu, cuda, tpu, rocm, found {found}"):
@@ -137,6 +144,7 @@ def test_layers_are_those_of_then_for_whatever_the_cache_lacks(tiny_sd15, tmp_pa
         found("x", negative_prompt="y")
 
 
+@of_one_family
 def test_another_dtype_is_refused(pair):
     exported = clip_jax.load_exported(pair[1])
     exported.dtype = "bfloat16"
@@ -156,6 +164,7 @@ def test_lengths_of_absent_rows_are_those_of_then(tmp_path):
             found("a cat", max_sequence_length=length)
 
 
+@of_one_family
 def test_it_may_be_copied_after_a_call(pair, exported):
     wanted = exported("a cat", **options(exported))
     found = pickle.loads(pickle.dumps(exported))("a cat", **options(exported))
@@ -166,6 +175,7 @@ def test_a_warmup_runs_the_lengths_that_there_are(pair, exported):
     exported.warmup((1,), **options(exported))
 
 
+@of_one_family
 def test_interceptors_are_refused(pair, exported):
     message = "take no notice of nn.intercept_methods, and a LoRA would be lost"
     interceptor = nn.intercept_methods(lambda call, args, kwargs, context: call(*args, **kwargs))
@@ -173,6 +183,7 @@ def test_interceptors_are_refused(pair, exported):
         exported("a cat", **options(exported))
 
 
+@of_one_family
 def test_an_unknown_family_is_told(pair, tmp_path):
     folder = shutil.copytree(pair[1], tmp_path / "later")
     facts = folder / "_CHECKPOINT_METADATA"

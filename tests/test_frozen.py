@@ -63,7 +63,6 @@ def test_xla_packs_kernels_where_it_is_said_to(monkeypatch):
 
 def test_it_computes_the_same_without_the_kernels_that_it_was_given(loaded, monkeypatch):
     encoder, options = another(loaded), {"max_sequence_length": 32} if "t5" in loaded.config else {}
-    encoder.warmup((1, 2), **options)
     encoder.warmup((1, 2), freeze=True, **options)
     assert len(programs(encoder)) == 2
     monkeypatch.setattr(encoder, "_compute", None)  # nothing but the frozen programs is left

@@ -35,8 +35,8 @@ def test_it_goes_through_jit_and_computes_the_same(module, encoder):
 @pytest.mark.parametrize("before", [True, False])
 def test_a_lora_is_neither_lost_nor_kept(encoder, before):
     """Whether the program was traced without it before, or is to be traced without it afterwards."""
-    jax.clear_caches()
     module, tokens = clip_jax.nnx.TextEncoder(encoder), encoder.tokenize("a cat")
+    tokens = tokens if before else jax.tree.map(lambda ids: ids[:, :9], tokens)  # of a length that has no program yet
     plain = module(tokens).prompt_embeds if before else None
 
     def doubled(call, args, kwargs, context):

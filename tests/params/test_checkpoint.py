@@ -188,7 +188,7 @@ def test_saving_over_a_checkpoint_keeps_it_unless_told(encoder, copy):
     jax.tree.map(np.testing.assert_array_equal, clip_jax.load(copy).params, encoder.params)
 
 
-@pytest.mark.parametrize("name", ["model [v1]", "[a]/out", "a*b", "**", "?"])
+@pytest.mark.parametrize("name", ["model [v1]", "[a]/**"])
 def test_a_path_that_looks_like_a_pattern(encoder, tmp_path, name):
     out = tmp_path / name
     encoder.save(out)
