@@ -162,11 +162,11 @@ def _render_scan(result: Mapping[str, Any], source: str) -> str:
                 f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})",
             ]
         )
-    others = [case["other_cores"] for case in result["scan"] if "other_cores" in case]  # once it was not recorded
-    noise = f", at most {max(others)} CPU cores taken by others" if others else ""
+    others = max(case["other_cores"] for case in result["scan"])
     return (
-        f"{_table(rows)}\n\nIds [2, 77] to the last hidden state, {result['device']}{noise}; random weights; medians "
-        f"of {result['rounds']} interleaved calls, and of their ratios, below 1 the unrolled blocks are faster; "
+        f"{_table(rows)}\n\nIds [2, 77] to the last hidden state, {result['device']}, at most {others} CPU cores taken "
+        f"by others; random weights; medians of {result['rounds']} interleaved calls, and of their ratios, below 1 the "
+        f"unrolled blocks are faster; "
         f"{listed(result['versions'])}; {result['date'][:10]}; `{source}`."
     )
 

@@ -31,9 +31,9 @@ def settled(params: Mapping[str, Any]) -> Mapping[str, Any]:
             return jax.device_put(leaf, leaf.sharding)  # no copy, and of a committed one the very same array
         return leaf
 
-    settled = jax.tree.map(settle, params)
-    same = all(map(operator.is_, jax.tree.leaves(settled), jax.tree.leaves(params)))
-    return params if same else settled
+    found = jax.tree.map(settle, params)
+    same = all(map(operator.is_, jax.tree.leaves(found), jax.tree.leaves(params)))
+    return params if same else found
 
 
 class Snapshot:

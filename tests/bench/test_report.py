@@ -164,6 +164,7 @@ SCAN = {
             "family": "sd15",
             "dtype": "float32",
             "layers": 12,
+            "other_cores": 0.01,
             "first_call_s": {"unrolled": 1.234, "scan": 0.5},
             "ms": {"unrolled": {"median": 80.0}, "scan": {"median": 100.0}},
             "ratio": {"median": 0.8, "min": 0.75, "max": 0.9},
@@ -176,7 +177,7 @@ def test_the_scan_is_in_the_document_of_the_benchmarks():
     assert places(SCAN) == [("bench:scan", "bench/README.md")]
     lines = render(SCAN, "scan.json").splitlines()
     assert lines[2] == "| sd15, float32 | 12 | 1.23 | 0.50 | 80.0 | 100 | 0.80 (0.75 to 0.90) |"
-    assert "Some CPU; random weights" in lines[-1]
+    assert "Some CPU, at most 0.01 CPU cores taken by others; random weights" in lines[-1]
 
 
 def test_the_scan_tells_how_many_cores_others_took():
