@@ -46,7 +46,8 @@ def draw(result: Mapping[str, Any], out: Path) -> None:
         axis.set_xlabel(f"{unit}, lower is faster")
     devices = dict.fromkeys(about["device"] for about in result["contenders"].values())
     figure.suptitle(f"{result['benchmark']}: {' / '.join(devices)}, {result['date'][:10]}")
-    figure.savefig(out, dpi=120, metadata={"Software": None})  # the same result, the same file
+    # Tight: the number at the end of an axis would be cut. The same result gives the same file.
+    figure.savefig(out, dpi=120, bbox_inches="tight", metadata={"Software": None})
     pyplot.close(figure)
 
 
