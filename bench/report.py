@@ -2,7 +2,8 @@
 
 A result with `cases` is one of `python -m bench`, one with `peaks` of `bench.memory`, one with `formats` of
 `bench.formats`, one with `flops` of `bench.flops`, one with `quantized` of `bench.quantize`, one with `scan` of
-`bench.scan`, and one with `errors` is what `pytest tests/parity --write-errors` writes.
+`bench.scan`, one with `kernels` of `bench.kernels`, and one with `errors` is what `pytest tests/parity --write-errors`
+writes.
 """
 
 from __future__ import annotations
@@ -171,6 +172,20 @@ def _render_scan(result: Mapping[str, Any], source: str) -> str:
     )
 
 
+def _render_kernels(result: Mapping[str, Any], source: str) -> str:
+    counts = {"all": "kernels", "products": "products", "cudnn": "by cuDNN", "graphs": "CUDA graphs"}
+    header = ["family", "params", "attention", *counts.values(), "outside of graphs", "temporary memory, MiB"]
+    rows = [header, [*["---"] * 3, *["---:"] * len(header[3:])]]
+    for case in result["kernels"]:
+        numbers = [f"{case[name]:,}" for name in (*counts, "outside")]
+        rows.append([case["family"], case["params"], case["attention"], *numbers, f"{case['temporary_mib']:,.1f}"])
+    return (
+        f"{_table(rows)}\n\nOf a call with one prompt, and its negative where the family has guidance, in bfloat16; "
+        f"compiled for a description of {result['target']}, so without autotuning; nothing was run. "
+        f"{listed(result['versions'])}; {result['date'][:10]}, commit {result['commit'][:7]}; `{source}`."
+    )
+
+
 def _table(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
@@ -229,6 +244,7 @@ _KINDS: dict[str, tuple[str, str, Callable[[Mapping[str, Any], str], str]]] = {
     "formats": ("bench:formats", _README, _render_formats),
     "quantized": ("bench:quantize", _README, _render_quantized),
     "scan": ("bench:scan", _BENCH, _render_scan),
+    "kernels": ("bench:kernels", _BENCH, _render_kernels),
 }
 
 

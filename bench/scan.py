@@ -27,7 +27,6 @@ from bench.stats import pairwise_ratio, summary
 from clip_jax.config import ClipTextConfig
 from clip_jax.models import ClipTextModel
 from clip_jax.models.clip_text import ClipEncoderLayer
-from clip_jax.models.functional import causal_mask
 
 #: Family -> the tower that is taken of it.
 _TOWERS = {"sd15": "clip_l", "sd21": "clip_h"}
@@ -67,10 +66,9 @@ def programs(config: ClipTextConfig, dtype: str) -> dict[str, _Program]:
     def scanned(params: Mapping[str, Any], ids: jax.Array) -> jax.Array:
         bound = model.bind({"params": params})
         x = bound.text_model.embeddings(ids, jnp.arange(ids.shape[1])[None])
-        mask = causal_mask(ids.shape[1], None)
 
         def step(x: jax.Array, params: Mapping[str, Any]) -> tuple[jax.Array, None]:
-            return block.apply({"params": params}, x, mask)[0], None
+            return block.apply({"params": params}, x, None)[0], None
 
         x, _ = jax.lax.scan(step, x, params["text_model"]["encoder"]["stacked"])
         return bound.final_norm(x)

@@ -17,7 +17,7 @@ import numpy as np
 from clip_jax.config import ClipTextConfig
 from clip_jax.errors import ClipJaxError
 from clip_jax.families import Family, Tower, TowerOutput
-from clip_jax.models import T5Encoder, intercepted, model_of
+from clip_jax.models import Attention, ClipTextModel, T5Encoder, check_attention, intercepted, model_of
 from clip_jax.structs import TextEmbeddings, Tokens
 
 #: A nested dict of arrays, or of `qwix.QArray`s where they are quantised.
@@ -39,7 +39,7 @@ def _jitted(function: Callable[..., TextEmbeddings]) -> Any:
             )
         return function(*arguments, **options)
 
-    static = ("family", "dtype", "compute_dtype", "clip_skip", "clip_skip_negative")
+    static = ("family", "dtype", "compute_dtype", "clip_skip", "clip_skip_negative", "attention")
     jitted: Any = jax.jit(without_interceptors, static_argnames=static)
     jitted.__wrapped__ = function
     return jitted
@@ -55,6 +55,7 @@ def text_embeddings(
     compute_dtype: jax.typing.DTypeLike | None = None,
     clip_skip: int | None = None,
     clip_skip_negative: int | None = None,
+    attention: Attention = "xla",
 ) -> TextEmbeddings:
     """Encodes negative prompts and prompts in one program: pure, jitted, differentiable.
 
@@ -76,13 +77,15 @@ def text_embeddings(
         clip_skip: Layers of the CLIP towers to leave out at the end, for the prompts, counted as in diffusers
             from the layer that the family takes; None means 0. Static.
         clip_skip_negative: The same for the negative prompts, which diffusers never skips. Static.
+        attention: "cudnn" lets cuDNN compute attention on CUDA devices, in bfloat16 or float16: one kernel that does
+            not write the scores to memory (`jax.nn.dot_product_attention`). It has gradients for even L alone. Static.
 
     Returns:
         `prompt_embeds` [2B, L, D], or [B, L, D] without guidance, and what else the family has.
 
     Raises:
-        ClipJaxError: Params, ids or `clip_skip` do not fit the family, or interceptors are in force; raised while
-            tracing.
+        ClipJaxError: Params, ids or `clip_skip` do not fit the family, there is no cuDNN, or interceptors are in
+            force; raised while tracing.
     """
     _check_towers(family, params, "params")
     check_tokens(family, tokens)
@@ -93,6 +96,7 @@ def text_embeddings(
     for wanted in (dtype, compute_dtype):
         if not jnp.issubdtype(wanted, jnp.floating):
             raise ClipJaxError(f"dtype and compute_dtype must be floating point, found {wanted!r}.")
+    check_attention(attention, compute_dtype)
 
     skips = clip_skip_negative, clip_skip
     layers = {tower.name: layers_taken(family, tower, *skips)[-len(ids) :] for tower in family.towers}
@@ -102,7 +106,7 @@ def text_embeddings(
             params[tower.name],
             jnp.stack([half[tower.name] for half in ids]),
             layers[tower.name],
-            compute_dtype,
+            model_of(tower.config, compute_dtype, attention),
         )
         for tower in family.towers
     }
@@ -121,15 +125,33 @@ def text_embeddings(
     )
 
 
+def embed(
+    params: Params, tokens: Tokens, family: Family, dtype: np.dtype, skips: Skips, attention: Attention
+) -> TextEmbeddings:
+    """`text_embeddings` with one dtype for all, and without its `jit` under interceptors."""
+    function = text_embeddings.__wrapped__ if intercepted() else text_embeddings
+    out: TextEmbeddings = function(
+        params,
+        tokens,
+        family=family,
+        dtype=dtype,
+        compute_dtype=dtype,
+        clip_skip_negative=skips[0],
+        clip_skip=skips[1],
+        attention=attention,
+    )
+    return out
+
+
 def _run(
     tower: Tower,
     params: Params,
     input_ids: jax.Array,
     layers: Sequence[int],
-    compute_dtype: jax.typing.DTypeLike,
+    module: ClipTextModel | T5Encoder,
 ) -> TowerOutput:
     """Runs one tower over ids [G, B, L]; row g of the guidance batch takes the hidden state `layers[g]`."""
-    model = model_of(tower.config, compute_dtype).bind({"params": params})
+    model = module.bind({"params": params})
     if isinstance(model, T5Encoder):
         return TowerOutput(jax.vmap(lambda ids: model(ids).last_hidden_state)(input_ids))
     taken = list(dict.fromkeys(layers))

@@ -17,11 +17,11 @@ import numpy as np
 from clip_jax.buckets import batch_of, checked_sizes, cut_rows, of_every_length, padded, without_tails
 from clip_jax.cache import CACHE_BYTES, EmbeddingCache, call_key, encode_cached, on_host, parts, prepare
 from clip_jax.config import TowerConfig
-from clip_jax.embed import Params, Skips, check_finite, check_tokens, layers_taken, skips_of, text_embeddings
+from clip_jax.embed import Params, Skips, check_finite, check_tokens, embed, layers_taken, skips_of
 from clip_jax.errors import ClipJaxError
 from clip_jax.families import Family
 from clip_jax.frozen import FrozenPrograms
-from clip_jax.models import intercepted
+from clip_jax.models import Attention, intercepted
 from clip_jax.params.cast import float_dtype
 from clip_jax.params.checkpoint import CheckpointMetadata, write_checkpoint
 from clip_jax.params.quantize import scheme_of, stored_parts
@@ -49,6 +49,7 @@ class TextEncoder:
         tokenizers: Tower name -> tokenizer.
         dtype: Of the computation and of the embeddings.
         provenance: Where the weights come from. JSON.
+        attention: "xla" or "cudnn", as `text_embeddings` takes it.
         batch_sharding: Where rows of token ids go if their number divides by the devices; None leaves that to jit.
         cache: Embeddings of prompts that were encoded before; None if there is none.
     """
@@ -65,10 +66,12 @@ class TextEncoder:
         provenance: dict[str, Any] | None = None,
         batch_sharding: jax.sharding.NamedSharding | None = None,
         cache_bytes: int = CACHE_BYTES,
+        attention: Attention = "xla",
     ) -> None:
         self.family = family
         self.tokenizers = dict(tokenizers)
         self._dtype = float_dtype(dtype)
+        self.attention = attention
         self.provenance = provenance or {}
         self.batch_sharding = batch_sharding
         if type(cache_bytes) is not int or cache_bytes < 0:
@@ -320,22 +323,13 @@ class TextEncoder:
 
     def _compute(self, params: Params, tokens: Tokens, skips: Skips) -> TextEmbeddings:
         """The one program."""
-        function = text_embeddings.__wrapped__ if intercepted() else text_embeddings
-        return function(
-            params,
-            tokens,
-            family=self.family,
-            dtype=self.dtype,
-            compute_dtype=self.dtype,
-            clip_skip_negative=skips[0],
-            clip_skip=skips[1],
-        )
+        return embed(params, tokens, self.family, self.dtype, skips, self.attention)
 
     def _state(self, params: Params) -> list[object]:
         """What embeddings depend on beside params, prompts and options."""
         frozen = self._frozen_programs(params)
         tokenizers = itertools.chain(*self.tokenizers.items())
-        return [*tokenizers, self.family, self.dtype, *(frozen.programs if frozen else ())]
+        return [*tokenizers, self.family, self.dtype, self.attention, *(frozen.programs if frozen else ())]
 
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
         """Writes params, architectures and tokenizers to a folder that `clip_jax.load` reads, quantised if they are.
@@ -357,6 +351,8 @@ class TextEncoder:
         overwrite: bool = False,
     ) -> None:
         """Writes what `save` does, and beside it the computation as StableHLO, for `clip_jax.load_exported`.
+
+        Attention is XLA's in it, for programs that any number of prompts can be given.
 
         Programs are made by `jax.export`, one for prompts with negatives and one for prompts alone, for any number of
         them. They run without the modules of this package, in this version of JAX and, for half a year at least, in

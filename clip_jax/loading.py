@@ -26,6 +26,7 @@ from clip_jax.convert.resolve import SourceLike, resolve_all
 from clip_jax.encoder import TextEncoder
 from clip_jax.errors import CheckpointError, ClipJaxError
 from clip_jax.families import Family, stored_family
+from clip_jax.models import Attention, check_attention
 from clip_jax.params import cast
 from clip_jax.params import checkpoint as ckpt
 from clip_jax.params.quantize import PLAIN, Scheme, scheme_called
@@ -185,6 +186,7 @@ def load(
     mesh: jax.sharding.Mesh | None = None,
     rules: Rules | None = None,
     cache_bytes: int = CACHE_BYTES,
+    attention: Attention = "xla",
     progress: bool | None = None,
 ) -> TextEncoder:
     """Loads the text encoders of a pipeline.
@@ -216,14 +218,17 @@ def load(
         rules: Which axes of `mesh` the logical axes are split over (`clip_jax.params.shard`); None means
             `DEFAULT_RULES`.
         cache_bytes: How much memory embeddings of earlier prompts may take (`TextEncoder.cache`); 0 is no cache.
+        attention: "cudnn" lets cuDNN compute attention on CUDA devices (`text_embeddings`), with a `dtype` of bfloat16
+            or float16; elsewhere, where the params are moved to a CPU for example, it is computed as ever.
         progress: Whether to show progress bars; None means on a terminal.
 
     Raises:
         CheckpointError: The source is not there, not whole, of another model or family, or quantised otherwise.
         ConfigError: Its `config.json` asks for something that cannot be honoured.
-        ClipJaxError: `rules` do not fit `mesh`; another `quantize`.
+        ClipJaxError: `rules` do not fit `mesh`; another `quantize`; "cudnn" for another dtype, or without a cuDNN.
     """
     scheme = scheme_called(quantize)
+    check_attention(attention, cast.float_dtype(dtype))
     access = Access(revision=revision, local_files_only=local_files_only, token=token, cache_dir=cache_dir)
     names = {without} if isinstance(without, str) else set(without)
     opened = _open(source, family, names, access, config, text_projection, progress)
@@ -245,6 +250,7 @@ def load(
         provenance=opened.provenance(),
         batch_sharding=rows,
         cache_bytes=cache_bytes,
+        attention=attention,
     )
 
 

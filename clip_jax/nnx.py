@@ -7,9 +7,8 @@ from typing import Any
 import jax
 from flax import nnx
 
-from clip_jax.embed import text_embeddings
+from clip_jax.embed import embed
 from clip_jax.encoder import TextEncoder as LinenTextEncoder
-from clip_jax.models import intercepted
 from clip_jax.structs import TextEmbeddings, Tokens
 
 
@@ -30,12 +29,14 @@ class TextEncoder(nnx.Module):
     Attributes:
         family: What the embeddings are made for; static.
         dtype: Of the computation and of the embeddings; static.
+        attention: "xla" or "cudnn", as `clip_jax.text_embeddings` takes it; static.
         params: Nested dict with one entry per tower, of `nnx.Param`s.
     """
 
     def __init__(self, encoder: LinenTextEncoder) -> None:
         self.family = encoder.family
         self.dtype = encoder.dtype
+        self.attention = encoder.attention
         self.params: dict[str, Any] = nnx.data(jax.tree.map(nnx.Param, encoder.params))
 
     def plain_params(self) -> dict[str, Any]:
@@ -46,14 +47,5 @@ class TextEncoder(nnx.Module):
         self, tokens: Tokens, *, clip_skip: int | None = None, clip_skip_negative: int | None = None
     ) -> TextEmbeddings:
         """Encodes token ids; arguments, result and errors as in `clip_jax.text_embeddings`."""
-        function = text_embeddings.__wrapped__ if intercepted() else text_embeddings
-        out: TextEmbeddings = function(
-            self.plain_params(),
-            tokens,
-            family=self.family,
-            dtype=self.dtype,
-            compute_dtype=self.dtype,
-            clip_skip=clip_skip,
-            clip_skip_negative=clip_skip_negative,
-        )
-        return out
+        skips = (clip_skip_negative, clip_skip)
+        return embed(self.plain_params(), tokens, self.family, self.dtype, skips, self.attention)

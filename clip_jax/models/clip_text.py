@@ -27,6 +27,7 @@ from clip_jax.config import ClipTextConfig
 from clip_jax.errors import ClipJaxError
 from clip_jax.models import functional
 from clip_jax.models.axes import bias_init, with_axes
+from clip_jax.models.functional import Attention
 from clip_jax.models.quantized import Dense, DenseOfActivation, Embed
 from clip_jax.models.repeated import repeated
 
@@ -53,12 +54,13 @@ class ClipTextOutput:
 
 
 class _Module(nn.Module):
-    """What every module is made with: the architecture, and dtypes (`ClipTextModel` tells which)."""
+    """What every module is made with: the architecture, dtypes, attention (`ClipTextModel` tells which)."""
 
     config: ClipTextConfig
     dtype: jax.typing.DTypeLike = jnp.float32
     param_dtype: jax.typing.DTypeLike = jnp.float32
     legacy_dtypes: bool = False
+    attention: Attention = "xla"
 
     def dense(self, features: int, name: str, use_bias: bool = True, layer: type[Dense] = Dense) -> Dense:
         return layer(
@@ -95,7 +97,7 @@ class _Module(nn.Module):
         return module(*self.made_with(), name=name)
 
     def made_with(self) -> tuple[Any, ...]:
-        return self.config, self.dtype, self.param_dtype, self.legacy_dtypes
+        return self.config, self.dtype, self.param_dtype, self.legacy_dtypes, self.attention
 
 
 class ClipTextEmbeddings(_Module):
@@ -109,15 +111,23 @@ class ClipTextEmbeddings(_Module):
 
 
 class ClipAttention(_Module):
-    """Multi-head attention of some rows [B, Q, D] to all rows [B, L, D]: -> [B, Q, D], weights [B, N, Q, L]."""
+    """Multi-head attention of some rows [B, Q, D] to all rows [B, L, D]: -> [B, Q, D], weights [B, N, Q, L].
+
+    Causal; the rows are all, or the one at `row` [B].
+    """
 
     @nn.compact
-    def __call__(self, rows: jax.Array, x: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def __call__(
+        self, rows: jax.Array, x: jax.Array, attention_mask: jax.Array | None, row: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array]:
         q, k, v = (
             self.dense(self.config.hidden_size, name)(y).reshape(*y.shape[:-1], self.config.num_attention_heads, -1)
             for name, y in (("q_proj", rows), ("k_proj", x), ("v_proj", x))
         )
-        attended, weights = functional.attention(q, k, v, mask)
+        mask = functional.causal_mask(x.shape[1], attention_mask)
+        attended, weights = functional.attention(q, k, v, mask if row is None else functional.take_row(mask, row))
+        if self.attention == "cudnn" and attention_mask is None and row is None:
+            attended = functional.cudnn_attention(q, k, v)  # those above are not computed then, unless they are used
         return self.dense(self.config.hidden_size, "out_proj")(attended.reshape(rows.shape)), weights
 
 
@@ -140,12 +150,14 @@ class ClipEncoderLayer(_Module):
         self.layer_norm2 = self.layer_norm(None)
         self.mlp = ClipMlp(*self.made_with())
 
-    def __call__(self, x: jax.Array, mask: jax.Array, row: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+    def __call__(
+        self, x: jax.Array, attention_mask: jax.Array | None, row: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array]:
         normed = self.layer_norm1(x)
         rows = normed
         if row is not None:  # [B]: keys and values of all rows, the rest of the block for this one
-            x, rows, mask = (functional.take_row(y, row) for y in (x, normed, mask))
-        attended, weights = self.self_attn(rows, normed, mask)
+            x, rows = (functional.take_row(y, row) for y in (x, normed))
+        attended, weights = self.self_attn(rows, normed, attention_mask, row)
         x = x + attended
         return x + self.mlp(self.layer_norm2(x)), weights
 
@@ -162,22 +174,22 @@ class ClipLayers(_Module):
     """The blocks, named "0", "1", ..."""
 
     @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array, row: jax.Array) -> _Blocks:
+    def __call__(self, x: jax.Array, attention_mask: jax.Array | None, row: jax.Array) -> _Blocks:
         hidden_states, attentions = [x], []
         for i in range(self.config.num_hidden_layers):
             layer = self.child(repeated(ClipEncoderLayer, self), str(i))
-            x, weights = layer(x, mask)
+            x, weights = layer(x, attention_mask)
             hidden_states.append(x)
             attentions.append(weights)
-        return _Blocks(tuple(hidden_states), tuple(attentions), layer(hidden_states[-2], mask, row)[0])
+        return _Blocks(tuple(hidden_states), tuple(attentions), layer(hidden_states[-2], attention_mask, row)[0])
 
 
 class ClipEncoder(_Module):
     """Holds the blocks under the name `layers`."""
 
     @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array, row: jax.Array) -> _Blocks:
-        return self.child(ClipLayers, "layers")(x, mask, row)
+    def __call__(self, x: jax.Array, attention_mask: jax.Array | None, row: jax.Array) -> _Blocks:
+        return self.child(ClipLayers, "layers")(x, attention_mask, row)
 
 
 class ClipTextTransformer(_Module):
@@ -191,12 +203,10 @@ class ClipTextTransformer(_Module):
     def __call__(
         self, input_ids: jax.Array, attention_mask: jax.Array | None, position_ids: jax.Array | None
     ) -> _Blocks:
-        length = input_ids.shape[-1]
         if position_ids is None:
-            position_ids = jnp.arange(length)[None]
-        mask = functional.causal_mask(length, attention_mask)
+            position_ids = jnp.arange(input_ids.shape[-1])[None]
         end = functional.first_position(input_ids, self.config.eos_token_id)
-        return self.encoder(self.embeddings(input_ids, position_ids), mask, end)
+        return self.encoder(self.embeddings(input_ids, position_ids), attention_mask, end)
 
 
 class ClipTextModel(_Module):
@@ -214,6 +224,7 @@ class ClipTextModel(_Module):
         param_dtype: Of the parameters that `init` makes; `apply` takes them in any dtype.
         legacy_dtypes: Whether the residual stream, and with it `hidden_states`, begins in the dtype of the
             embeddings' parameters instead of `dtype`, as in the Flax classes of transformers 4.
+        attention: "cudnn" computes attention without an `attention_mask` by cuDNN (`functional.cudnn_attention`).
     """
 
     def setup(self) -> None:

@@ -5,11 +5,20 @@ Letters: B batch, L tokens, N heads, H head size.
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
+import jax.typing
 import numpy as np
+
+from clip_jax.errors import ClipJaxError
+
+#: What computes attention: XLA, or cuDNN where there is one.
+Attention = Literal["xla", "cudnn"]
 
 
 def activation(x: jax.Array, name: str) -> jax.Array:
@@ -68,6 +77,61 @@ def biased_attention(
         keys = (attention_mask != 0)[:, None, None, :]
         scores = jnp.where(keys, scores, jnp.finfo(jnp.float32).min)
     return _weighted_sum(scores, value)
+
+
+def cudnn_attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+    """`attention` of all rows under the causal mask, [B, L, N, H], without the weights; on CUDA one kernel of cuDNN.
+
+    The scores, [B, N, L, L], are not written to memory there. On other platforms it is `attention` itself.
+
+    Raises:
+        ClipJaxError: JAX finds no cuDNN, or cuDNN does not take the dtype (it takes bfloat16 and float16) or H.
+    """
+
+    def plain(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+        return attention(query, key, value, causal_mask(query.shape[1], None))[0]
+
+    return _on_cuda(functools.partial(_cudnn, is_causal=True), plain, query, key, value)
+
+
+def cudnn_biased_attention(query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array) -> jax.Array:
+    """`biased_attention` to all tokens, as `cudnn_attention`; cuDNN takes `bias` in the dtype of `query`."""
+
+    def plain(query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array) -> jax.Array:
+        return biased_attention(query, key, value, bias, None)[0]
+
+    def cudnn(query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array) -> jax.Array:
+        return _cudnn(query, key, value, bias=bias.astype(query.dtype), scale=1.0)
+
+    return _on_cuda(cudnn, plain, query, key, value, bias)
+
+
+def check_attention(attention: str, dtype: jax.typing.DTypeLike) -> None:
+    """Refuses what is no `Attention`, and "cudnn" where `cudnn_attention` would be refused.
+
+    Raises:
+        ClipJaxError: It is refused.
+    """
+    if attention not in get_args(Attention):
+        raise ClipJaxError(f"attention must be 'xla' or 'cudnn', found {attention!r}.")
+    if attention == "cudnn":
+        head = jax.ShapeDtypeStruct((1, 1, 1, 64), dtype)
+        jax.eval_shape(_cudnn, head, head, head)
+
+
+def _cudnn(query: jax.Array, key: jax.Array, value: jax.Array, **options: Any) -> jax.Array:
+    try:
+        return jax.nn.dot_product_attention(query, key, value, implementation="cudnn", **options)
+    except RuntimeError as error:  # NotImplementedError too: what JAX knows that cuDNN cannot do
+        raise ClipJaxError(
+            f"attention='cudnn' is for bfloat16 and float16, and for a JAX with CUDA and cuDNN (the extra cuda12 or "
+            f"cuda13). Found: {error} Leave it out."
+        ) from error
+
+
+def _on_cuda(cuda: Callable[..., jax.Array], default: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:
+    result: jax.Array = jax.lax.platform_dependent(*arrays, cuda=cuda, default=default)
+    return result
 
 
 def _scores(query: jax.Array, key: jax.Array) -> jax.Array:

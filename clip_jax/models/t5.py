@@ -26,6 +26,7 @@ import numpy as np
 
 from clip_jax.models import functional
 from clip_jax.models.axes import with_axes
+from clip_jax.models.functional import Attention
 from clip_jax.models.quantized import Dense, Embed
 from clip_jax.models.repeated import repeated
 from clip_jax.t5_config import T5EncoderConfig
@@ -49,12 +50,13 @@ class T5Output:
 
 
 class _Module(nn.Module):
-    """What every module is made with: the architecture, and dtypes (`T5Encoder` tells which)."""
+    """What every module is made with: the architecture, dtypes, attention (`T5Encoder` tells which)."""
 
     config: T5EncoderConfig
     dtype: jax.typing.DTypeLike = jnp.float32
     param_dtype: jax.typing.DTypeLike = jnp.float32
     legacy_dtypes: bool = False
+    attention: Attention = "xla"
 
     def dense(self, features: int, name: str, dtype: jax.typing.DTypeLike | None = None, gain: float = 1.0) -> Dense:
         return Dense(
@@ -67,7 +69,7 @@ class _Module(nn.Module):
         )
 
     def child(self, module: type[_Module], name: str) -> _Module:
-        return module(self.config, self.dtype, self.param_dtype, self.legacy_dtypes, name=name)
+        return module(self.config, self.dtype, self.param_dtype, self.legacy_dtypes, self.attention, name=name)
 
 
 class T5LayerNorm(_Module):
@@ -103,6 +105,8 @@ class T5Attention(_Module):
         if bias is None:  # the first block: it alone has a table of biases
             bias = self.position_bias(x.shape[1])
         x, weights = functional.biased_attention(q, k, v, bias, mask)
+        if self.attention == "cudnn" and mask is None:
+            x = functional.cudnn_biased_attention(q, k, v, bias)  # that above is not computed then, unless it is used
         return _Attended(self.dense(config.d_model, "o")(x.reshape(*x.shape[:2], inner)), bias, weights)
 
     def position_bias(self, length: int) -> jax.Array:
@@ -209,6 +213,8 @@ class T5Encoder(_Module):
         param_dtype: Of the parameters that `init` makes; `apply` takes them in any dtype.
         legacy_dtypes: Whether norms, and with the last of them `last_hidden_state`, are float32 whatever `dtype`
             is, as in the Flax classes of transformers 4.
+        attention: "cudnn" computes attention without an `attention_mask` by cuDNN
+            (`functional.cudnn_biased_attention`).
     """
 
     @nn.compact

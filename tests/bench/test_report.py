@@ -199,6 +199,34 @@ def test_operations_are_held_against_what_diffusers_runs():
     assert "towers whole: every block of every tower, on the rows that diffusers runs;" in caption
 
 
+KERNELS = {
+    "date": "2026-01-02T03:04:05+00:00",
+    "commit": "0123456789abcdef",
+    "target": "Some GPU",
+    "versions": {"python": "3.14.1", "jax": "0.12.0"},
+    "kernels": [
+        {
+            "family": "sd15",
+            "params": "int8",
+            "attention": "cudnn",
+            "all": 1181,
+            "products": 72,
+            "cudnn": 12,
+            "graphs": 1,
+            "outside": 3,
+            "temporary_mib": 6.54,
+        }
+    ],
+}
+
+
+def test_kernels_are_in_the_document_of_the_benchmarks():
+    assert places(KERNELS) == [("bench:kernels", "bench/README.md")]
+    lines = render(KERNELS, "kernels.json").splitlines()
+    assert lines[2] == "| sd15 | int8 | cudnn | 1,181 | 72 | 12 | 1 | 3 | 6.5 |"
+    assert "compiled for a description of Some GPU, so without autotuning; nothing was run." in lines[-1]
+
+
 def test_another_schema_is_refused():
     with pytest.raises(ReportError, match=r"run\.json has schema 1; expected 4"):
         render({**RESULT, "schema": 1}, "run.json")
