@@ -54,7 +54,26 @@ def _product(x: jax.Array, kernel: Any, dimensions: jax.lax.DotDimensionNumbers,
     return dequantized(x, kernel)
 
 
-def _quantized_product(x: jax.Array, kernel: Any, *, dimensions: jax.lax.DotDimensionNumbers) -> jax.Array:
+def _straight_through(product: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """`product(x, kernel, dimensions)` with the derivative by x of that with the dequantised kernel.
+
+    Rounding has a derivative of zero, so that without this nothing but the scales would pass on what comes back
+    (the straight-through estimator of Bengio et al., arXiv:1308.3432).
+    """
+    rounded: Any = jax.custom_jvp(product, nondiff_argnums=(2,))
+
+    @rounded.defjvp
+    def _(dimensions: jax.lax.DotDimensionNumbers, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+        x_dot = tangents[0]
+        kernel = _dequantized(primals[1]).astype(x_dot.dtype)
+        return rounded(*primals, dimensions), jax.lax.dot_general(x_dot, kernel, dimensions)
+
+    wrapped: Callable[..., jax.Array] = rounded
+    return wrapped
+
+
+@_straight_through
+def _quantized_product(x: jax.Array, kernel: Any, dimensions: jax.lax.DotDimensionNumbers) -> jax.Array:
     """In the dtype of the kernel, to which the tokens are quantised."""
     import qwix
 
@@ -73,14 +92,22 @@ def _dequantized_product(
     return jax.lax.dot_general(x, _dequantized(kernel).astype(x.dtype), dimensions, **options)
 
 
-def _one_sided_product(x: jax.Array, kernel: Any, dimensions: jax.lax.DotDimensionNumbers, **options: Any) -> jax.Array:
-    """`_product` for x [..., L, D] whose values are hardly ever below zero, where int8 has half of its own.
+def _product_of_activation(
+    x: jax.Array, kernel: Any, dimensions: jax.lax.DotDimensionNumbers, **options: Any
+) -> jax.Array:
+    """`_product` for x [..., L, D] whose values are hardly ever below zero, where int8 has half of its own."""
+    if is_quantized(kernel) and kernel.qvalue.dtype == jnp.int8:
+        return _one_sided_product(x, kernel, dimensions)
+    return _product(x, kernel, dimensions, **options)
 
-    So each token has a zero point beside its scale. What that adds to the product is itself times the sums of the
-    kernel's columns; they come from a row of ones below the tokens.
+
+@_straight_through
+def _one_sided_product(x: jax.Array, kernel: Any, dimensions: jax.lax.DotDimensionNumbers) -> jax.Array:
+    """As `_quantized_product`, and each token has a zero point beside its scale.
+
+    What that adds to the product is itself times the sums of the kernel's columns; they come from a row of ones below
+    the tokens.
     """
-    if not is_quantized(kernel) or kernel.qvalue.dtype != jnp.int8:
-        return _product(x, kernel, dimensions, **options)
     import qwix
 
     tokens = qwix.quantize(
@@ -108,7 +135,7 @@ class Dense(nn.Dense):
 class DenseOfActivation(Dense):
     """The same for what an activation like gelu returns: [..., L, D] -> [..., L, features]."""
 
-    dot_general: Callable[..., Any] | None = _one_sided_product
+    dot_general: Callable[..., Any] | None = _product_of_activation
 
 
 class Embed(nn.Embed):

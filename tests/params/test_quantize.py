@@ -1,5 +1,6 @@
 """Quantised params: what is quantised, how exact that is, what it weighs, and that nothing else changes."""
 
+import functools
 import json
 import math
 import re
@@ -223,12 +224,12 @@ def test_what_cuda_computes_in_fp8():
     x, kernel = jax.random.normal(keys[0], (2, 7, 512)), jax.random.normal(keys[1], (512, 16))
     leaf = SCHEMES["fp8"].quantize("a/kernel", kernel)
     dimensions = (((2,), (0,)), ((), ()))
-    found = _quantized_product(x, leaf, dimensions=dimensions)
+    found = _quantized_product(x, leaf, dimensions)
     wanted = jax.lax.dot_general(x, kernel, dimensions)
     assert 0.02 < jnp.linalg.norm(found - wanted) / jnp.linalg.norm(wanted) < 0.05
     rounded = qwix.dequantize(qwix.quantize(x, jnp.float8_e4m3fn, channelwise_axes=(0, 1)))
     np.testing.assert_allclose(found, jax.lax.dot_general(rounded, qwix.dequantize(leaf), dimensions), atol=1e-4)
-    beside = _quantized_product(x.at[1].mul(1e4), leaf, dimensions=dimensions)
+    beside = _quantized_product(x.at[1].mul(1e4), leaf, dimensions)
     np.testing.assert_allclose(found[0], beside[0], rtol=1e-6)
 
 
@@ -405,3 +406,44 @@ def test_without_quantised_params_qwix_is_not_imported(tiny_sd15, saved):
     assert imported(work, ("qwix",)) == set()
     assert imported(f"import clip_jax; clip_jax.info({str(saved)!r})", ("qwix",)) == set()
     assert imported(f"import clip_jax; clip_jax.load({str(saved)!r})", ("qwix",)) == {"qwix"}
+
+
+# Gradients
+
+SCHEME_COSINES = {"int8": 0.995, "fp8": 0.99, "int4": 0.9}
+
+
+def cosine(a, b):
+    return float(jnp.vdot(a, b) / (jnp.linalg.norm(a) * jnp.linalg.norm(b)))
+
+
+def test_gradients_come_through_quantised_kernels(quantized, encoder, quantize):
+    """By the positions, below all blocks: rounding has no derivative, and is passed over."""
+    tokens = encoder.tokenize("a cat", negative_prompt="blurry")
+    noise = jax.random.normal(jax.random.key(0), encoder.encode(tokens).prompt_embeds.shape)
+    path = ("clip_l", "text_model", "embeddings", "position_embedding", "embedding")
+
+    def gradient(params):
+        leaf = functools.reduce(lambda tree, key: tree[key], path, params)
+
+        def loss(leaf):
+            changed = jax.tree_util.tree_map_with_path(
+                lambda where, old: leaf if tuple(getattr(key, "key", None) for key in where) == path else old, params
+            )
+            out = clip_jax.text_embeddings(changed, tokens, family=encoder.family)
+            return (out.prompt_embeds * noise).sum()
+
+        return jax.jit(jax.grad(loss))(leaf)
+
+    found, wanted = gradient(quantized.params), gradient(encoder.params)
+    assert cosine(found, wanted) > SCHEME_COSINES[quantize]
+
+
+def test_what_cuda_differentiates_in_fp8():
+    keys = jax.random.split(jax.random.key(0), 3)
+    x, kernel = jax.random.normal(keys[0], (2, 7, 512)), jax.random.normal(keys[1], (512, 16))
+    back = 1e-3 * jax.random.normal(keys[2], (2, 7, 16))
+    leaf = SCHEMES["fp8"].quantize("a/kernel", kernel)
+    dimensions = (((2,), (0,)), ((), ()))
+    found = jax.vjp(lambda x: _quantized_product(x, leaf, dimensions), x)[1](back)[0]
+    np.testing.assert_allclose(found, back @ qwix.dequantize(leaf).T, rtol=1e-5, atol=1e-6)
