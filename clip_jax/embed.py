@@ -9,6 +9,7 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import jax.typing
@@ -253,7 +254,7 @@ def _embedding_dtype(tower: Tower, params: Params) -> jnp.dtype:
         table = params["text_model"]["embeddings"]["position_embedding"]
     else:
         table = params["encoder"]["block"]["0"]["layer"]["0"]["SelfAttention"]["relative_attention_bias"]
-    return table["embedding"].dtype
+    return nn.meta.unbox(table["embedding"]).dtype
 
 
 def _check_towers(family: Family, found: Mapping[str, Any], what: str) -> None:

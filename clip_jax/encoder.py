@@ -102,7 +102,7 @@ class TextEncoder:
         self._dtype = float_dtype(dtype)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_frozen": None}
+        return {**self.__dict__, "_frozen": None, "batch_sharding": None}  # arrays arrive on one device
 
     @property
     def config(self) -> dict[str, TowerConfig]:
@@ -301,17 +301,17 @@ class TextEncoder:
         if is_traced(tokens):
             return self._compute(params, tokens, skips)
         batch, tokens = batch_of(tokens), padded(tokens)
-        frozen = None if intercepted() else self._frozen_programs(params)
-        if program := frozen and frozen.find(tokens, skips):  # with the tails: one for texts of any length
-            out = program(tokens)
-        else:
-            ids = without_tails(tokens, self.family) if self._cuts else tokens
-            with auto_axes(self.batch_sharding):
+        frozen = None if intercepted() or jax.config.jax_disable_jit else self._frozen_programs(params)
+        with auto_axes(self.batch_sharding):
+            if program := frozen and frozen.find(tokens, skips):  # with the tails: one for texts of any length
+                out = program(tokens)
+            else:
+                ids = without_tails(tokens, self.family) if self._cuts else tokens
                 out = self._compute(params, self._placed(params, ids), skips)
-        if batch_of(tokens) != batch:
-            out = cut_rows(out, batch)
-        if self.dtype == jnp.float16 and not is_traced(out):  # within a `jit` there is nothing to look at
-            check_finite(out)
+            if batch_of(tokens) != batch:
+                out = cut_rows(out, batch)
+            if self.dtype == jnp.float16 and not is_traced(out):  # within a `jit` there is nothing to look at
+                check_finite(out)
         return out
 
     def _placed(self, params: Params, tokens: Tokens) -> Tokens:
@@ -347,7 +347,7 @@ class TextEncoder:
         max_sequence_length: int | None = None,
         clip_skip: int | None = None,
         clip_skip_negative: int | None = None,
-        platforms: Sequence[str] = PLATFORMS,
+        platforms: str | Sequence[str] = PLATFORMS,
         overwrite: bool = False,
     ) -> None:
         """Writes what `save` does, and beside it the computation as StableHLO, for `clip_jax.load_exported`.

@@ -35,6 +35,7 @@ from clip_jax.params.shapes import TensorSpec, param_shapes, unflatten
 from clip_jax.params.shard import (
     Placement,
     Rules,
+    auto_axes,
     batch_sharding,
     idle_axes,
     param_shardings,
@@ -242,9 +243,11 @@ def load(
             stacklevel=2,
         )
     kept = cast.float_dtype(dtype if param_dtype is None else param_dtype)
+    with auto_axes(rows):
+        params = opened.read_params(kept, scheme=scheme, placement=placement, progress=progress)
     return TextEncoder(
         opened.family,
-        opened.read_params(kept, scheme=scheme, placement=placement, progress=progress),
+        params,
         tokenizers,
         dtype=dtype,
         provenance=opened.provenance(),

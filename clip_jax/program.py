@@ -97,7 +97,7 @@ class Programs:
 
 
 def export_programs(
-    params: Params, example: Tokens, family: Family, dtype: np.dtype, skips: Skips, platforms: Sequence[str]
+    params: Params, example: Tokens, family: Family, dtype: np.dtype, skips: Skips, platforms: str | Sequence[str]
 ) -> Programs:
     """Traces `text_embeddings` for any number of prompts.
 
@@ -112,7 +112,7 @@ def export_programs(
     Raises:
         ClipJaxError: A platform that JAX does not know, or layers that are not there.
     """
-    platforms = tuple(platforms)
+    platforms = (platforms,) if isinstance(platforms, str) else tuple(platforms)
     if not platforms or not set(platforms) <= set(_KNOWN):  # JAX would make something for any name
         raise ClipJaxError(f"platforms must be among {', '.join(_KNOWN)}, found {', '.join(platforms) or 'none'}.")
     for tower in family.towers:

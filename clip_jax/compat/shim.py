@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from types import ModuleType
 from typing import Any
 
@@ -21,17 +22,23 @@ _HOMES: dict[type[FlaxPreTrainedModel], str] = {
 }
 _OURS = {cls: cls.__module__ for cls in _HOMES}
 
-# What transformers had under these names when `install` was called; None while it is not.
-_before: dict[str, Any] | None = None
+# Modules of transformers, names, and what they had there when `install` was called; None while it is not.
+_before: list[tuple[ModuleType, str, Any]] | None = None
+_ABSENT = object()
+
+# Name -> module that `install` has made.
+_made: dict[str, ModuleType] = {}
 
 
 def install() -> None:
     """Puts `FlaxCLIPTextModel`, `FlaxCLIPTextModelWithProjection` and `FlaxT5EncoderModel` on `transformers`.
 
-    And their base classes `FlaxPreTrainedModel` and `FlaxCLIPTextPreTrainedModel`, which loaders check against. Call
-    it before the pipeline is imported. Until `uninstall` the classes say that they are of transformers
-    (`__module__`), as pipelines expect that write the name of a class's library to disk. To call it again changes
-    nothing. Where transformers is version 4, its own classes are replaced.
+    And their base classes `FlaxPreTrainedModel` and `FlaxCLIPTextPreTrainedModel`, which loaders check against; and all
+    of them in the modules that transformers 4 had them in, which are made if they are gone
+    (`transformers.models.clip.modeling_flax_clip`). Call it before the pipeline is imported. Until `uninstall` the
+    classes say that they are of transformers (`__module__`), as pipelines expect that write the name of a class's
+    library to disk; where they are unpickled, it has to be called too. To call it again changes nothing. Where
+    transformers is version 4, its own classes are replaced.
 
     Raises:
         ClipJaxError: transformers is not installed.
@@ -40,10 +47,12 @@ def install() -> None:
     if _before is not None:
         return
     transformers = _transformers()
-    # Not getattr, by which transformers 4 would import its own.
-    _before = {cls.__name__: vars(transformers)[cls.__name__] for cls in _HOMES if cls.__name__ in vars(transformers)}
+    _before = []
     for cls, home in _HOMES.items():
-        setattr(transformers, cls.__name__, cls)
+        for module in (transformers, _module(home)):
+            # Not getattr, by which transformers 4 would import its own.
+            _before.append((module, cls.__name__, vars(module).get(cls.__name__, _ABSENT)))
+            setattr(module, cls.__name__, cls)
         cls.__module__ = home
 
 
@@ -52,13 +61,27 @@ def uninstall() -> None:
     global _before
     if _before is None:
         return
-    transformers = _transformers()
+    for module, name, value in _before:
+        if value is _ABSENT:
+            delattr(module, name)
+        else:
+            setattr(module, name, value)
+    for name, module in _made.items():
+        if sys.modules.get(name) is module:
+            del sys.modules[name]
+    _made.clear()
     for cls, ours in _OURS.items():
-        delattr(transformers, cls.__name__)
         cls.__module__ = ours
-    for name, value in _before.items():
-        setattr(transformers, name, value)
     _before = None
+
+
+def _module(name: str) -> ModuleType:
+    """A module of transformers; an empty one where it has none, for classes to be found in when they are unpickled."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        made = _made[name] = sys.modules[name] = ModuleType(name)
+        return made
 
 
 def _transformers() -> ModuleType:

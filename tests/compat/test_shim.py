@@ -1,5 +1,6 @@
 """`install` puts the classes on `transformers`; the real one is for tests/parity."""
 
+import pickle
 import sys
 import types
 
@@ -50,6 +51,18 @@ def test_classes_are_of_transformers_meanwhile(transformers):
     uninstall()
     assert FlaxCLIPTextModel.__module__ == ours == "clip_jax.compat.clip"
     assert FlaxPreTrainedModel.__module__ == "clip_jax.compat.base"
+
+
+def test_classes_are_where_transformers_4_had_them(transformers):
+    """And are pickled by that name: without the module no model could be."""
+    install()
+    from transformers.models.clip.modeling_flax_clip import FlaxCLIPTextModel as found
+
+    assert found is FlaxCLIPTextModel
+    assert pickle.loads(pickle.dumps(FlaxCLIPTextModel)) is FlaxCLIPTextModel
+    uninstall()
+    assert not [name for name in sys.modules if name.startswith("transformers.") and "flax" in name]
+    assert pickle.loads(pickle.dumps(FlaxCLIPTextModel)) is FlaxCLIPTextModel
 
 
 def test_nothing_is_put_anywhere_on_import(transformers):

@@ -89,12 +89,13 @@ def mesh_of(axes: Mapping[str, int]) -> jax.sharding.Mesh:
 def record_programs() -> list[Any]:
     """The compiled programs that `TextEncoder` runs from now on."""
     programs: list[Any] = []
+    function = clip_jax.text_embeddings
 
     def recorded(params: Any, tokens: Any, **static: Any) -> Any:
-        programs.append(clip_jax.text_embeddings.lower(params, tokens, **static).compile())
+        programs.append(function.lower(params, tokens, **static).compile())
         return programs[-1](params, tokens)
 
-    clip_jax.encoder.text_embeddings = recorded  # type: ignore[assignment]
+    clip_jax.embed.text_embeddings = recorded  # type: ignore[assignment]
     return programs
 
 
@@ -130,10 +131,15 @@ def explicit(sources: Path) -> dict[str, Any]:
         encoder = clip_jax.load(sources / "sd15", family="sd15", mesh=mesh)
         encoder.warmup((2,))
         out = encode(encoder, PROMPTS[:2])
+        odd = encode(encoder, PROMPTS[:3])
+        half = clip_jax.load(sources / "sd15", family="sd15", mesh=mesh, dtype="float16")(PROMPTS[0])
+        clip_jax.load(sources / "sd15", family="sd15", mesh=mesh, quantize="int8")(PROMPTS[0])
+    assert np.isfinite(half.prompt_embeds).all()
     encoder.params = jax.device_put(encoder.params, jax.devices()[0])
     encoder.export(sources / "exported")
-    found = {"within": out, "exported": encode(clip_jax.load_exported(sources / "exported"), PROMPTS[:2])}
-    return {name: largest_error(each, reference(sources / "sd15.npz", 2)) for name, each in found.items()}
+    exported = encode(clip_jax.load_exported(sources / "exported"), PROMPTS[:2])
+    found = {"within": (out, 2), "odd": (odd, 3), "exported": (exported, 2)}
+    return {name: largest_error(each, reference(sources / "sd15.npz", size)) for name, (each, size) in found.items()}
 
 
 def saved(encoder: clip_jax.TextEncoder, whole: Any, path: Path) -> dict[str, bool]:
