@@ -12,6 +12,7 @@ import numpy as np
 from clip_jax.config import ClipTextConfig
 from clip_jax.errors import ClipJaxError
 from clip_jax.families import Family
+from clip_jax.models.functional import end_of_text
 from clip_jax.structs import TextEmbeddings, Tokens
 
 BATCHES = (1, 2, 4, 8, 16, 32)
@@ -100,7 +101,7 @@ def without_tails(tokens: Tokens, family: Family) -> Tokens:
     """
     sides = [side for side in (tokens.uncond, tokens.cond) if side is not None]
     for name, config in _cut(family).items():
-        ends = [np.argmax(side[name] == config.eos_token_id, axis=-1) for side in sides]
+        ends = [end_of_text(side[name], config.eos_token_id) for side in sides]
         length = bucket_of(max(int(end.max()) for end in ends) + 1, LENGTHS)
         sides = [{**side, name: side[name][:, :length]} for side in sides]
     *uncond, cond = sides

@@ -32,7 +32,7 @@ def enable_compilation_cache(path: str | os.PathLike[str] | None = None) -> Path
     """
     chosen = path or jax.config.jax_compilation_cache_dir or _user_cache() / "clip_jax" / "xla"
     remote = "://" in os.fspath(chosen)
-    folder = os.fspath(chosen) if remote else _writable(Path(chosen).expanduser().absolute())
+    folder = os.fspath(chosen) if remote else _writable(Path(os.path.expanduser(chosen)).absolute())
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

@@ -49,8 +49,9 @@ _HF_REFUSED_UNLESS: dict[str, tuple[Any, ...]] = {
     "quantization_config": (None,),
 }
 
-# Every config was written with `eos_token_id: 2` before transformers PR #24773; it stands for CLIP's real id.
-_LEGACY_EOS, _CLIP_EOS, _CLIP_BOS = 2, 49407, 49406
+#: Every config was written with `eos_token_id: 2` before transformers PR #24773; it stands for the tokenizer's.
+LEGACY_EOS = 2
+_CLIP_EOS, _CLIP_BOS = 49407, 49406
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,7 +69,8 @@ class ClipTextConfig:
         max_position_embeddings: Rows of the position embedding: 77, or 248 for LongCLIP.
         layer_norm_eps: Epsilon of every LayerNorm.
         projection_dim: P, width of `text_embeds`; None for a model without `text_projection`.
-        eos_token_id: End-of-text token; the pooled output is the row of its first occurrence.
+        eos_token_id: End-of-text token; the pooled output is the row of its first occurrence. 2 means the highest id of
+            a row, as in transformers, and is left in configs of vocabularies without CLIP's 49407.
 
     Raises:
         ConfigError: A value is out of range or not supported.
@@ -190,11 +192,11 @@ class ClipTextConfig:
         projects = model_type == "clip" or "CLIPTextModelWithProjection" in str(config.get("architectures"))
         if not projects:
             known["projection_dim"] = None
-        if known["eos_token_id"] != _LEGACY_EOS:
-            return cls(**known)
-        # argmax(input_ids) in transformers (modeling_clip.py): the highest id of the original vocabulary.
-        read = cls(**{**known, "eos_token_id": _CLIP_EOS})
-        return dataclasses.replace(read, eos_token_id=min(_CLIP_EOS, read.vocab_size - 1))
+        read = cls(**known)
+        if read.eos_token_id == LEGACY_EOS and read.vocab_size > _CLIP_EOS:
+            # argmax(input_ids) in transformers (modeling_clip.py): the highest id of the original vocabulary.
+            return dataclasses.replace(read, eos_token_id=_CLIP_EOS)
+        return read
 
     def to_hf(self) -> dict[str, Any]:
         """The config as the dict of a transformers `config.json`; `from_hf` of it is equal to `self`."""

@@ -30,7 +30,7 @@ from clip_jax.params.snapshot import settled
 from clip_jax.params.staging import path_of
 from clip_jax.program import PLATFORMS, export_programs
 from clip_jax.structs import TextEmbeddings, Tokens, is_traced
-from clip_jax.tokenize import check_max_sequence_length, tokenize
+from clip_jax.tokenize import tokenize
 from clip_jax.tokenizers import Overflow, RowTokenizer
 
 
@@ -372,7 +372,6 @@ class TextEncoder:
         """
         if self.batch_sharding is not None and is_on(self.params, self.batch_sharding.mesh):
             raise ClipJaxError("Params on a mesh are not exported: programs would be made for it. Load without mesh=.")
-        check_max_sequence_length(self.family, max_sequence_length)
         skips = (clip_skip_negative, clip_skip)
         example = self.tokenize("", guidance=True, max_sequence_length=max_sequence_length)
         programs = export_programs(self.params, example, self.family, self.dtype, skips, platforms)

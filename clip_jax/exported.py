@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from pathlib import Path
 
 import jax
 
@@ -18,6 +17,7 @@ from clip_jax.params import checkpoint as ckpt
 from clip_jax.program import Programs, read_programs
 from clip_jax.structs import TextEmbeddings, Tokens
 from clip_jax.tokenizers import read_tokenizer
+from clip_jax.tokenizers.files import expanded
 
 
 class ExportedTextEncoder(TextEncoder):
@@ -49,9 +49,7 @@ class ExportedTextEncoder(TextEncoder):
                 f"The programs were exported for max_sequence_length={exported}, found {length}. Export again."
             )
         (negative, positive), wanted = (tuple(skip or 0 for skip in pair) for pair in (self.programs.skips, skips))
-        if tokens.uncond is not None and wanted == (negative, positive):
-            return self.programs(params, tokens)
-        if tokens.uncond is None and wanted[1] == positive:
+        if wanted[1] == positive and (tokens.uncond is None or wanted[0] == negative):
             return self.programs(params, tokens)
         if tokens.uncond is None and wanted[1] == negative and not tokens.zero_uncond:
             # Negative prompts whose prompts are in the cache: only the program for both takes that layer.
@@ -85,7 +83,7 @@ def load_exported(
     Raises:
         CheckpointError: Not such a folder, not whole, or not made for the platform of this process.
     """
-    folder = Path(path)
+    folder = expanded(path)
     if not ckpt.is_checkpoint(folder):
         raise CheckpointError(f"{folder} is not a folder written by `TextEncoder.export`.")
     metadata, programs = ckpt.read_metadata(folder), read_programs(folder)

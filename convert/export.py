@@ -35,6 +35,7 @@ from clip_jax.params.shapes import TensorSpec, param_shapes
 from clip_jax.params.staging import check_apart, check_free, path_of, staged_folder
 from clip_jax.progress import byte_bar
 from clip_jax.tokenizers import read_tokenizer
+from clip_jax.tokenizers.files import expanded
 
 MARK = "clip_jax_export.json"
 """The file by which an export is known, so that it may be replaced; it says where the weights come from."""
@@ -96,7 +97,7 @@ def export(
     """
     if format != "hf":
         raise ClipJaxError(f"format must be 'hf', found {format!r}.")
-    path, out = Path(source).expanduser(), path_of(out)
+    path, out = expanded(source), path_of(out)
     if not is_checkpoint(path):
         raise CheckpointError(f"{path} is not a folder written by `clip-jax convert`, which is what can be exported.")
     check_free(out, overwrite, MARK)

@@ -187,7 +187,7 @@ def _t5_config(encoder: Encoder, where: str) -> T5EncoderConfig:
     intermediate, _ = _matrix(encoder, f"{_T5_BLOCK_0}.1.DenseReluDense.wi_0.weight", where)
     return T5EncoderConfig(
         d_model=width,
-        d_kv=inner // max(heads, 1),
+        d_kv=inner // heads,
         d_ff=intermediate,
         num_layers=blocks(encoder),
         num_heads=heads,

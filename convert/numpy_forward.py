@@ -186,8 +186,8 @@ def _activation(x: np.ndarray, name: str) -> np.ndarray:
 
 
 def _first_row(x: np.ndarray, ids: np.ndarray, token: int) -> np.ndarray:
-    """The row [B, D] of [B, L, D] at the first `token`; at 0 without one, as in transformers."""
-    return x[np.arange(len(ids)), (ids == token).argmax(axis=-1)]
+    """The row [B, D] of [B, L, D] at the first `token`; at 0 without one, as in transformers; 2 is the highest id."""
+    return x[np.arange(len(ids)), (ids if token == 2 else ids == token).argmax(axis=-1)]
 
 
 def _buckets(length: int, config: T5EncoderConfig) -> np.ndarray:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
 import re
@@ -11,6 +10,7 @@ from pathlib import Path
 
 from clip_jax.convert.hub import Access, fetch
 from clip_jax.errors import CheckpointError
+from clip_jax.tokenizers.files import expanded
 
 #: A folder, a file of weights or a Hub repo id; or several files, and folders of a text encoder, that make up a family.
 SourceLike = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
@@ -48,9 +48,7 @@ def resolve(source: str | os.PathLike[str], access: Access, *, progress: bool | 
     """
     if not os.fspath(source):
         raise CheckpointError(f"The source is empty; expected {_EXPECTED}.")
-    path = Path(source)
-    with contextlib.suppress(RuntimeError):  # no such user: then it is no path either
-        path = path.expanduser()
+    path = expanded(source)
     if _exists(path):
         return Resolved(path, path.resolve().name)
     if not isinstance(source, str) or not _REPO_ID.fullmatch(source):

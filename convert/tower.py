@@ -16,8 +16,8 @@ from jax.sharding import Sharding
 
 from clip_jax.config import ClipTextConfig, TowerConfig
 from clip_jax.convert.hf_keys import KeyMap, map_keys, to_flax
-from clip_jax.convert.layouts import Encoder, Projection, one_encoder
-from clip_jax.convert.source import TensorSource, open_source
+from clip_jax.convert.layouts import Encoder, Projection
+from clip_jax.convert.source import TensorSource
 from clip_jax.convert.state import StateDict, Tensor
 from clip_jax.errors import CheckpointError
 from clip_jax.families import Tower
@@ -185,19 +185,18 @@ def open_tower(
     return ForeignTower(config, encoder, source, key_map, tokenizer_folder, tower.pad_token)
 
 
-def open_alone(folder: Path, config: TowerConfig) -> ForeignTower:
-    """Pairs the parameters of one architecture with the weights in a folder; no family, and no tokenizer.
+def open_alone(config: TowerConfig, encoder: Encoder, source: TensorSource, where: str) -> ForeignTower:
+    """Pairs the parameters of one architecture with the tensors of an encoder; no family, and no tokenizer.
 
     Args:
-        folder: With weights of the usual names (`source.WEIGHTS`).
         config: The architecture; without projection, that of the weights is left aside.
+        encoder: The tensors.
+        source: The files that hold them.
+        where: The source, for messages.
 
     Raises:
-        CheckpointError: There are none, or their tensors are not those of the architecture.
+        CheckpointError: The tensors are not those of the architecture.
     """
-    where = str(folder)
-    source = open_source(folder)
-    encoder = one_encoder(source.state, where, "auto", source.metadata)
     _check_kind(encoder, config, where)
     if isinstance(config, ClipTextConfig) and config.projection_dim is not None:
         encoder, _ = _check_projection(encoder, config, where, "auto")

@@ -449,3 +449,17 @@ def test_many_rows_are_joined_a_few_at_a_time(loaded, monkeypatch):
     np.testing.assert_array_equal(again.prompt_embeds, wanted.prompt_embeds[::-1])
     np.testing.assert_array_equal(again.pooled_prompt_embeds, wanted.pooled_prompt_embeds[::-1])
     assert sizes == [16, 16, 16, 16, 6, 5]
+
+
+def test_rows_of_zeros_of_another_length_are_others(tmp_path):
+    folder = write_family(tmp_path / "sd3", clip_jax.FAMILIES["sd3"])
+    encoder = clip_jax.load(folder, family="sd3", without="t5")
+    for length in (16, 32):
+        assert encoder("a cat", max_sequence_length=length).prompt_embeds.shape[-2] == 77 + length
+
+
+def test_what_fills_the_cache_exactly_is_kept():
+    full = EmbeddingCache(32)
+    value = TextEmbeddings(prompt_embeds=jnp.zeros((1, 2, 4)), guidance=False)
+    full.put("a", value, full.renew({}))
+    assert full.stats().entries == 1

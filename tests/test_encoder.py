@@ -227,3 +227,10 @@ def test_it_runs_where_jax_is_told_to_be_strict(tmp_path, name, dtype):
         _ = out.cond, out.uncond, clip_jax.time_ids((8, 8)), clip_jax.refiner_time_ids((8, 8))
         encoder.params = jax.tree.map(jax.device_get, encoder.params)
     assert np.isfinite(out.prompt_embeds).all()
+
+
+def test_float16_within_a_jit(tiny_sd15):
+    """Nothing is looked at there: there is nothing yet."""
+    half = clip_jax.load(tiny_sd15, family="sd15", dtype="float16")
+    tokens = half.tokenize("a cat")
+    assert jax.jit(lambda: half.encode(tokens).prompt_embeds)().dtype == jnp.float16

@@ -13,6 +13,7 @@ import pytest
 
 import clip_jax
 from clip_jax import CheckpointError, ClipJaxError
+from clip_jax.program import read_programs
 from tests.checkpoints import digests, write_family
 
 
@@ -190,3 +191,19 @@ def test_an_unknown_family_is_told(pair, tmp_path):
     facts.write_text(facts.read_text().replace(f'"{pair[0].family.name}"', '"later"'))
     with pytest.raises(CheckpointError, match="is of family 'later', unknown to this clip_jax. Upgrade"):
         clip_jax.load_exported(folder)
+
+
+def test_a_layer_of_negatives_is_not_taken_for_prompts(tmp_path):
+    source = write_family(tmp_path / "sdxl", clip_jax.FAMILIES["sdxl"])
+    clip_jax.load(source, family="sdxl").export(tmp_path / "out", clip_skip_negative=1, platforms="cpu")
+    skipping = clip_jax.load_exported(tmp_path / "out", cache_bytes=0)
+    with pytest.raises(ClipJaxError, match="exported for clip_skip=0 and clip_skip_negative=1"):
+        skipping("a cat", clip_skip=1)  # its negative is zeros
+
+
+def test_programs_of_a_later_version_are_refused(pair, tmp_path):
+    shutil.copytree(pair[1] / "programs", tmp_path / "programs")
+    facts = tmp_path / "programs" / "programs.json"
+    facts.write_text(json.dumps(json.loads(facts.read_text()) | {"version": 2}))
+    with pytest.raises(CheckpointError, match="newer than 1"):
+        read_programs(tmp_path)

@@ -12,7 +12,7 @@ import pytest
 
 import clip_jax
 from clip_jax import FAMILIES, CheckpointError, ClipJaxError, ConfigError, PromptTooLongError, Tokens, text_embeddings
-from clip_jax.buckets import without_tails
+from clip_jax.buckets import of_every_length, without_tails
 from tests.checkpoints import TINY, TINY_G, TINY_T5, hf_state, t5_state, write_family, write_text_encoder
 
 L, G, T5 = TINY.hidden_size, TINY_G.hidden_size, TINY_T5.d_model
@@ -513,3 +513,20 @@ def test_time_ids_of_the_refiner():
     assert clip_jax.refiner_time_ids(rows=3, guidance=False).tolist() == [[1024, 1024, 0, 0, 6.0]] * 3
     with pytest.raises(ClipJaxError, match="rows must be even, a negative prompt for each prompt; found 3"):
         clip_jax.refiner_time_ids(rows=3)
+
+
+def test_rows_are_as_long_as_positions_and_tokenizer_allow():
+    config = dataclasses.replace(clip_jax.ClipTextConfig.sd15(), max_position_embeddings=248)
+    family = FAMILIES["sd15"].with_configs({"clip_l": config})
+    assert [family.row_length(family.towers[0], length) for length in (77, 1000)] == [77, 248]
+
+
+@pytest.mark.parametrize("end", [0, 2, 49407])
+def test_ids_of_every_length_are_cut_to_it(end):
+    """Also where the end of the text is the first id, or said to be 2 (the highest); and no longer than rows."""
+    config = dataclasses.replace(clip_jax.ClipTextConfig.sd15(), eos_token_id=end, max_position_embeddings=20)
+    family = FAMILIES["flux"].with_configs({"clip_l": config, "t5": FAMILIES["flux"].tower("t5").config})
+    tokens = Tokens(cond={"clip_l": np.zeros((1, 20), np.int32), "t5": np.zeros((1, 4), np.int32)})
+    made = of_every_length(tokens, family)
+    assert [ids.cond["clip_l"].shape[1] for ids in made] == [8, 16]
+    assert [without_tails(ids, family).cond["clip_l"].shape[1] for ids in made] == [8, 16]

@@ -221,3 +221,8 @@ def test_progress_is_shown_on_a_terminal(tiny_sd15, tmp_path, monkeypatch):
         written = reader.read(65536).decode()
     for bar in ("Hashing:", "Converting:", "Loading:"):
         assert bar in written
+
+
+def test_a_name_too_long_for_a_path_is_not_there():
+    with pytest.raises(CheckpointError, match="does not exist"):
+        clip_jax.load("a" * 5000)

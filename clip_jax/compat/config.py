@@ -62,7 +62,8 @@ def shown_config(config: Any, tower: TowerConfig) -> Any:
     if fields.get("model_type") == "clip":  # a whole CLIPModel: its text half, and the width of its projection
         whole = fields
         fields = dict(whole.get("text_config") or {}) | (whole.get("text_config_dict") or {})
-        fields |= {name: whole[name] for name in ("projection_dim",) if name in whole}
+        if "projection_dim" in whole:
+            fields["projection_dim"] = whole["projection_dim"]
     ours = tower.to_hf()
     kind = ours["model_type"]
     return HfConfig(**(_DROPOUT[kind] | ours | fields | {"model_type": kind}))

@@ -104,7 +104,8 @@ def _open(folder: Path, tower: TowerConfig) -> ForeignTower:
     It makes up blocks that are not there, which is an error here.
     """
     source = open_source(folder)
-    found = blocks(one_encoder(source.state, str(folder), "auto", source.metadata))
+    encoder = one_encoder(source.state, str(folder), "auto", source.metadata)
+    found = blocks(encoder)
     whole: TowerConfig
     if isinstance(tower, ClipTextConfig):
         name, asked = "num_hidden_layers", tower.num_hidden_layers
@@ -112,7 +113,7 @@ def _open(folder: Path, tower: TowerConfig) -> ForeignTower:
     else:
         name, asked = "num_layers", tower.num_layers
         whole = dataclasses.replace(tower, num_layers=found or asked)
-    opened = open_alone(folder, whole)  # blocks that are left aside are held against the architecture, too
+    opened = open_alone(whole, encoder, source, str(folder))  # blocks left aside are held against the architecture, too
     if asked > found:
         raise CheckpointError(
             f"{folder}: the config asks for {name}={asked}, found weights of {found} blocks; none are made up. Set "

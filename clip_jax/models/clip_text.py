@@ -205,7 +205,7 @@ class ClipTextTransformer(_Module):
     ) -> _Blocks:
         if position_ids is None:
             position_ids = jnp.arange(input_ids.shape[-1])[None]
-        end = functional.first_position(input_ids, self.config.eos_token_id)
+        end = functional.end_of_text(input_ids, self.config.eos_token_id)
         return self.encoder(self.embeddings(input_ids, position_ids), attention_mask, end)
 
 

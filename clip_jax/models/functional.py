@@ -8,14 +8,17 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import jax
 import jax.numpy as jnp
 import jax.typing
 import numpy as np
 
+from clip_jax.config import LEGACY_EOS
 from clip_jax.errors import ClipJaxError
+
+Ids = TypeVar("Ids", jax.Array, np.ndarray)
 
 #: What computes attention: XLA, or cuDNN where there is one.
 Attention = Literal["xla", "cudnn"]
@@ -194,6 +197,9 @@ def take_row(x: jax.Array, row: jax.Array) -> jax.Array:
     return jnp.take_along_axis(x, row.reshape(-1, *[1] * (x.ndim - 1)), axis=-2)
 
 
-def first_position(input_ids: jax.Array, token_id: int) -> jax.Array:
-    """Index of the first `token_id` in each row of [B, L]; 0 where it is absent, as in transformers."""
-    return jnp.argmax(input_ids == token_id, axis=-1)
+def end_of_text(input_ids: Ids, eos_token_id: int) -> Ids:
+    """Index [B] of the first `eos_token_id` in each row of [B, L]; 0 where it is absent, as in transformers.
+
+    2 stands for the highest id of a row (`CLIPTextTransformer.forward`).
+    """
+    return (input_ids if eos_token_id == LEGACY_EOS else input_ids == eos_token_id).argmax(axis=-1)

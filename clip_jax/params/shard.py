@@ -84,17 +84,15 @@ def batch_sharding(mesh: Mesh | AbstractMesh, rules: Rules | None = None) -> Nam
     return NamedSharding(mesh, nn.logical_to_mesh_axes(("batch", None), rules))
 
 
-def placed_by(shardings: Mapping[str, Mapping[str, Sharding]]) -> Placement:
+def placed_by(shardings: Shardings) -> Placement:
     """What the readers of checkpoints take, for a tree of shardings; scales go where what they scale goes."""
     return lambda tower, path, spec: _fitted(shardings[tower][owner_of(path)], spec.shape)
 
 
-def _fitted(sharding: Sharding, shape: tuple[int, ...]) -> Sharding:
+def _fitted(sharding: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:
     """`sharding` for an array that may be smaller: whole along dimensions that do not divide, as one of size 1."""
-    if not isinstance(sharding, NamedSharding):
-        return sharding
     devices = [math.prod(sharding.mesh.shape[axis] for axis in _names(axes)) for axes in sharding.spec]
-    split = [axes if size % n == 0 else None for axes, size, n in zip(sharding.spec, shape, devices, strict=False)]
+    split = [axes if size % n == 0 else None for axes, size, n in zip(sharding.spec, shape, devices, strict=True)]
     return NamedSharding(sharding.mesh, PartitionSpec(*split))
 
 

@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import ClassVar, Self
 
 from clip_jax.tokenizers.folder import read_folder
-from clip_jax.tokenizers.pipeline import EOS, MAX_LENGTH, Recipe, build_pipeline, id_of, packaged_recipe
-from clip_jax.tokenizers.rows import RowTokenizer
+from clip_jax.tokenizers.pipeline import EOS, MAX_LENGTH, Recipe, build_pipeline, packaged_recipe
+from clip_jax.tokenizers.rows import RowTokenizer, id_of
 
 
 class ClipTokenizer(RowTokenizer):

@@ -9,6 +9,7 @@ from importlib import resources
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from clip_jax.errors import CheckpointError
+from clip_jax.tokenizers.rows import id_of
 
 END_OF_WORD = "</w>"
 BOS = "<|startoftext|>"
@@ -122,13 +123,6 @@ def build_pipeline(recipe: Recipe) -> Tokenizer:
         (eos, id_of(pipeline, eos)), (bos, id_of(pipeline, bos)), trim_offsets=False, add_prefix_space=False
     )
     return pipeline
-
-
-def id_of(pipeline: Tokenizer, token: str) -> int:
-    """Returns the id of a token that the pipeline is known to have."""
-    index = pipeline.token_to_id(token)
-    assert index is not None, token
-    return index
 
 
 def _check_special_tokens(recipe: Recipe) -> None:

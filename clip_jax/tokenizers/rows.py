@@ -11,7 +11,6 @@ import numpy as np
 from tokenizers import Encoding, Tokenizer
 
 from clip_jax.errors import ClipJaxError, PromptTooLongError
-from clip_jax.tokenizers.pipeline import id_of
 
 Overflow = Literal["error", "truncate"]
 
@@ -152,6 +151,13 @@ class RowTokenizer:
         if not isinstance(limit, int) or limit < shortest:
             raise ClipJaxError(f"max_length must be a whole number, {shortest} ({self._frame}) or more; got {limit!r}.")
         return limit
+
+
+def id_of(pipeline: Tokenizer, token: str) -> int:
+    """Returns the id of a token that the pipeline is known to have."""
+    index = pipeline.token_to_id(token)
+    assert index is not None, token
+    return index
 
 
 def _checked_labels(prompts: Sequence[str], names: Sequence[str] | None) -> list[str]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from clip_jax.convert.readers.safetensors import MAX_HEADER_BYTES, SafetensorsFile
-from clip_jax.convert.readers.tensor_file import TensorFile, TensorInfo, map_file
+from clip_jax.convert.readers.tensor_file import TensorFile, map_file
 from clip_jax.errors import CheckpointError
 
-__all__ = ["TensorFile", "TensorInfo", "open_file"]
+__all__ = ["TensorFile", "open_file"]
 
 READABLE = "safetensors, PyTorch pickles (.bin, .ckpt, .pt), TorchScript archives, GGUF and Flax msgpack"
 

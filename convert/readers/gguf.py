@@ -18,7 +18,15 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from clip_jax.convert.readers.tensor_file import TensorInfo, cut_short, damaged, map_file, no_tensor, short
+from clip_jax.convert.readers.tensor_file import (
+    TensorInfo,
+    cut_short,
+    damaged,
+    is_possible,
+    map_file,
+    no_tensor,
+    short,
+)
 from clip_jax.errors import CheckpointError
 
 _VERSIONS = (2, 3)
@@ -239,6 +247,8 @@ class _Header:
             if begin + nbytes > len(self._content):
                 raise cut_short(self.path, f"{nbytes} bytes of {short(name)}", begin + nbytes - len(self._content))
             shape = self._original_shape(name, shape)
+            if not is_possible(shape, 8 * dtype.itemsize):
+                raise damaged(self.path, f"the shape {short(shape)} of {short(name)} is too large for any array")
             places.append(_Place(name, shape, dtype, self.path, stored, begin=begin, nbytes=nbytes, kind=kind))
         places.sort(key=lambda place: (place.begin, place.nbytes))
         for before, after in itertools.pairwise(places):

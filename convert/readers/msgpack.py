@@ -18,7 +18,15 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 
-from clip_jax.convert.readers.tensor_file import TensorInfo, cut_short, damaged, map_file, no_tensor, short
+from clip_jax.convert.readers.tensor_file import (
+    TensorInfo,
+    cut_short,
+    damaged,
+    is_possible,
+    map_file,
+    no_tensor,
+    short,
+)
 
 _MAX_DEPTH, _MAX_DIMS = 64, 64
 _ARRAY, _SCALAR = 1, 3  # flax's extension types that hold [shape, dtype, bytes]
@@ -137,7 +145,8 @@ class _Walker:
         chunks = [chunk for _, chunk in sorted(parts["chunks"].items()) if isinstance(chunk, _Piece)]
         values = sum(math.prod(chunk.shape) for chunk in chunks)
         same = len({chunk.dtype for chunk in chunks}) == 1
-        if not same or len(shape) > _MAX_DIMS or min(shape, default=0) < 0 or math.prod(shape) != values:
+        bits = 8 * chunks[0].dtype.itemsize if same else 0
+        if not same or min(shape, default=0) < 0 or math.prod(shape) != values or not is_possible(shape, bits):
             raise damaged(self._path, f"expected chunks of {short(name)} that make up shape {short(shape)}")
         return shape, chunks
 
@@ -190,7 +199,7 @@ class _Walker:
             raise damaged(self._path, f"expected the shape, dtype and bytes of an array, found dtype {short(name)}")
         shape, dtype = tuple(size for _, size in sizes), _DTYPES[name]
         begin = self._at
-        if math.prod(shape) * dtype.itemsize != length or math.prod(size or 1 for size in shape) >= 2**62:
+        if math.prod(shape) * dtype.itemsize != length or not is_possible(shape, 8 * dtype.itemsize):
             raise damaged(self._path, f"expected {length} bytes of {name} to have another shape than {short(shape)}")
         self._skip(length)
         if self._at > end:

@@ -21,6 +21,7 @@ from clip_jax.convert.readers.tensor_file import (
     TensorInfo,
     cut_short,
     damaged,
+    is_possible,
     map_file,
     no_tensor,
     parse_json_object,
@@ -60,8 +61,7 @@ DTYPES: Mapping[str, np.dtype] = MappingProxyType(
 _PACKED_BITS: Mapping[str, int] = MappingProxyType({"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6})
 _NOTHING = np.dtype("V")  # of what cannot be read
 
-_MAX_DIMS = 64  # of a numpy array
-_MAX_NUMBER = 2**63 - 1  # numpy counts bytes in int64, and skips dimensions of 0 when it checks that they fit
+_MAX_NUMBER = 2**63 - 1
 
 
 @dataclass(frozen=True)
@@ -168,8 +168,7 @@ def _place(path: Path, name: str, entry: object) -> _Place:
             f" {short(dtype_name)}. Save the checkpoint in one of these."
         )
     bits = _PACKED_BITS.get(dtype_name) or 8 * DTYPES[dtype_name].itemsize
-    nonzero = (size or 1 for size in shape)
-    if len(shape) > _MAX_DIMS or math.prod(nonzero) * bits > 8 * _MAX_NUMBER:
+    if not is_possible(shape, bits):
         raise damaged(path, f"the shape {short(shape)} of tensor {short(name)} is too large for any array")
     nbytes, rest = divmod(math.prod(shape) * bits, 8)
     if rest or end - begin != nbytes:

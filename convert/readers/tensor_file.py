@@ -7,9 +7,10 @@ depths) against the bytes that are there, before it believes any of it; whatever
 from __future__ import annotations
 
 import json
+import math
 import mmap
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -86,6 +87,14 @@ def map_file(path: Path) -> np.ndarray:
             return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}. Check path and permissions.") from error
+
+
+def is_possible(shape: Sequence[int], bits: int) -> bool:
+    """Whether numpy has arrays of this shape, with elements of so many bits; a file may say anything of an empty one.
+
+    It counts bytes in int64, skips dimensions of 0 when it checks that they fit, and has at most 64 dimensions.
+    """
+    return len(shape) <= 64 and math.prod(size or 1 for size in shape) * bits <= 8 * (2**63 - 1)
 
 
 def no_tensor(file: TensorFile, name: str) -> CheckpointError:

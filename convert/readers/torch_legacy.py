@@ -93,9 +93,9 @@ def _find_storages(
         if count != storage.numel:
             raise damaged(path, f"expected {storage.numel} elements in storage {key!r}, found {count}")
         start += _COUNT_BYTES
-        nbytes = storage.numel * storage.dtype.itemsize
-        if start + nbytes > len(content):
-            raise cut_short(path, f"{nbytes} bytes of storage {key!r}", start + nbytes - len(content))
-        found[key] = content[start : start + nbytes]
-        start += nbytes
+        end = start + storage.nbytes
+        if end > len(content):
+            raise cut_short(path, f"{storage.nbytes} bytes of storage {key!r}", end - len(content))
+        found[key] = content[start:end]
+        start = end
     return found

@@ -14,7 +14,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from clip_jax.convert.readers.tensor_file import short
+from clip_jax.convert.readers.tensor_file import is_possible, short
 
 DTYPES: Mapping[str, np.dtype] = MappingProxyType(
     {
@@ -60,9 +60,6 @@ STORAGES: Mapping[str, np.dtype] = MappingProxyType(
     }
 )
 """torch's classes of storages, and the dtype of their elements; uint8 where the tensors say it themselves."""
-
-_MAX_DIMS = 64  # of a numpy array
-_MAX_NUMBER = 2**63 - 1  # numpy counts bytes in int64, and skips dimensions of 0 when it checks that they fit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,16 +127,15 @@ def strided(storage: Any, offset: Any, size: Any, stride: Any, dtype: np.dtype |
     for numbers in (size, stride):
         if not isinstance(numbers, tuple | list):
             raise TypeError(f"expected a tuple of numbers for a size or stride, found {kind(numbers)}")
-    if len(size) != len(stride) or len(size) > _MAX_DIMS:
+    if len(size) != len(stride):
         raise ValueError(
-            f"expected a stride for every dimension, and at most {_MAX_DIMS} of them, found {len(size)} dimensions and "
-            f"{len(stride)} strides"
+            f"expected a stride for every dimension, found {len(size)} dimensions and {len(stride)} strides"
         )
     for number in (offset, *size, *stride):
         if type(number) is not int or number < 0:
             raise ValueError(f"expected whole numbers for offset, size and stride, found {kind(number)}")
     dtype = dtype or storage.dtype
-    if math.prod(length or 1 for length in size) * dtype.itemsize > _MAX_NUMBER:
+    if not is_possible(size, 8 * dtype.itemsize):
         raise ValueError(f"the shape {short(size)} is too large for any array")
     available = storage.nbytes // dtype.itemsize
     count = math.prod(size)

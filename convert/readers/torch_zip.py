@@ -90,7 +90,7 @@ class TorchZipFile:
         entry = f"{self._root}data/{storage.key}"
         if entry not in self._entries:
             raise damaged(self.path, f"expected the entry {entry!r}, found none")
-        data, wanted = self._bytes(entry), storage.numel * storage.dtype.itemsize
+        data, wanted = self._bytes(entry), storage.nbytes
         if len(data) < wanted:
             raise damaged(self.path, f"expected {wanted} bytes in {entry!r}, found {len(data)}")
         return data[:wanted]

@@ -13,10 +13,11 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import clip_jax.compat
-from clip_jax import CheckpointError, ClipJaxError, ConfigError
+from clip_jax import CheckpointError, ClipJaxError, ConfigError, T5EncoderConfig
 from clip_jax.compat import CLIPTextEncoder, FlaxCLIPTextModel, FlaxCLIPTextModelWithProjection, FlaxT5EncoderModel
+from clip_jax.compat.config import with_fields
 from clip_jax.params.shapes import flatten, unflatten
-from tests.checkpoints import digests, hf_state, write_clip_model
+from tests.checkpoints import TINY_H, digests, hf_state, write_clip_model
 from tests.compat.conftest import IDS, SMALL, SMALL_T5, T5_IDS
 from tests.oracle import cases
 
@@ -237,3 +238,13 @@ def test_a_lora_among_the_models_own_params_is_not_dropped_on_saving(pipeline, t
     with pytest.raises(CheckpointError, match=r"not expected \(1\): lora/a"):
         model.save_pretrained(tmp_path)
     assert not any(tmp_path.iterdir())
+
+
+def test_names_that_transformers_has_for_other_names():
+    fields = T5EncoderConfig(d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2).to_hf()
+    assert with_fields(fields, "T5EncoderModel", {"head_dim": 16}).d_kv == 16
+
+
+def test_a_dropout_of_none_is_none():
+    fields = TINY_H.to_hf() | {"attention_dropout": None}
+    FlaxCLIPTextModel(fields)(np.ones((1, 4), np.int32), train=True)

@@ -17,7 +17,7 @@ import clip_jax
 from clip_jax import FAMILIES, CheckpointError, ClipJaxError
 from clip_jax.convert import convert, export
 from clip_jax.convert import export as export_function
-from clip_jax.convert.export import _INDEX, MARK
+from clip_jax.convert.export import _INDEX, MARK, write_component
 from clip_jax.convert.readers.safetensors import SafetensorsFile
 from clip_jax.params import checkpoint as checkpoints
 from tests.checkpoints import TINY, digests, hf_state, write_text_encoder
@@ -291,3 +291,10 @@ def test_what_cannot_be_exported_is_refused(sdxl, tmp_path):
         with pytest.raises(CheckpointError, match="not a folder written by `clip-jax convert`"):
             export(path, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_tensors_begin_at_multiples_of_8_bytes(tmp_path):
+    for length in range(8):
+        folder = tmp_path / str(length)
+        write_component(folder, {}, {f"a/{'x' * length}/kernel": np.ones((2, 2), np.float32)})
+        assert int.from_bytes((folder / "model.safetensors").read_bytes()[:8], "little") % 8 == 0

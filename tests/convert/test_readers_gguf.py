@@ -190,3 +190,16 @@ def test_quantised_tensors_that_are_refused(tmp_path, tensor, message):
     pytest.importorskip("gguf")
     with pytest.raises(CheckpointError, match=message):
         open_file(write(tmp_path, gguf_bytes([tensor])))
+
+
+def test_rows_are_whole_blocks_of_values(tmp_path):
+    """32 values in 34 bytes, in two rows of 16."""
+    (tmp_path / "x").write_bytes(gguf_bytes([("w", (16, 2), 8, 0, bytes(34))]))
+    with pytest.raises(CheckpointError, match="rows of 32 values"):
+        open_file(tmp_path / "x")
+
+
+def test_an_empty_tensor_of_an_impossible_shape_is_refused(tmp_path):
+    (tmp_path / "x").write_bytes(gguf_bytes([("w", (2**63, 0), 0, 0, b"")]))
+    with pytest.raises(CheckpointError, match="too large for any array|no tensor"):
+        open_file(tmp_path / "x")

@@ -1,6 +1,7 @@
 """Flax's msgpack files, as `flax.serialization` writes them, and what is wrong with those that are not whole."""
 
 import struct
+from pathlib import Path
 
 import flax.serialization
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from clip_jax.convert.readers import open_file
+from clip_jax.convert.readers.msgpack import _Walker
 from clip_jax.errors import CheckpointError
 
 DTYPES = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "int64", "int8", "uint8", "bool")
@@ -118,3 +120,8 @@ def test_chunks_that_do_not_make_up_the_shape(tmp_path, monkeypatch):
     (tmp_path / "x").write_bytes(content.replace(b"\xa11(", b"\xa11)"))
     with pytest.raises(CheckpointError, match="expected chunks of 'a' that make up shape"):
         open_file(tmp_path / "x")
+
+
+@pytest.mark.parametrize(("content", "number"), [(b"\xd0\xfe", -2), (b"\xd1\x80\x00", -(2**15))])
+def test_numbers_below_zero(content, number):
+    assert _Walker(Path("x"), np.frombuffer(content, np.uint8))._head() == ("int", number)

@@ -4,11 +4,14 @@ import io
 import pickle
 import struct
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from clip_jax.convert.readers import open_file
+from clip_jax.convert.readers.torch_pickle import _Machine
+from clip_jax.convert.readers.torch_tensors import Storage, strided
 from clip_jax.errors import CheckpointError
 from tests.convert import malicious
 from tests.formats import torch_zip
@@ -199,3 +202,29 @@ def test_another_pickle_is_not_run(tmp_path):
     (tmp_path / "x").write_bytes(file.getvalue())
     with pytest.raises(CheckpointError, match="found another pickle. It is not run; get the model as safetensors"):
         open_file(tmp_path / "x")
+
+
+def test_the_last_element_is_within_the_storage():
+    storage = Storage("0", np.dtype(np.float32), 4)
+    strided(storage, 0, (2,), (3,))
+    for start, stride in ((0, 4), (1, 3)):
+        with pytest.raises(ValueError, match="within the 4 elements"):
+            strided(storage, start, (2,), (stride,))
+
+
+def test_an_endless_number_is_no_key():
+    machine = _Machine(Path("x"), 5)
+    machine.push({})
+    with pytest.raises(TypeError, match="a name or a number for a key"):
+        machine.set_items([2**63, 1])
+
+
+def test_names_of_an_old_zip_are_not_utf8(tmp_path):
+    path = write_torch_zip(tmp_path / "x", {"a": np.ones(2, np.float32)})
+    with zipfile.ZipFile(path) as file:
+        entries = {name: file.read(name) for name in file.namelist()}
+    with zipfile.ZipFile(path, "w") as file:
+        for name, content in entries.items():
+            file.writestr(name.replace(name.split("/")[0], "ROOTQ"), content)
+    path.write_bytes(path.read_bytes().replace(b"ROOTQ", b"ROOT\x82"))  # an e acute of cp437, without the flag
+    np.testing.assert_array_equal(open_file(path).read("a"), [1, 1])

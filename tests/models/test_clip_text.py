@@ -107,6 +107,15 @@ def test_pooled_is_not_drawn_to_ids_above_the_end_of_text(params, ids):
     np.testing.assert_allclose(out.pooler_output[0], out.last_hidden_state[0, 4], atol=1e-6)
 
 
+def test_pooled_is_at_the_highest_id_where_the_end_of_text_is_said_to_be_2(params):
+    """Small vocabularies of tests: transformers takes `argmax(input_ids)` there."""
+    config = dataclasses.replace(TINY, eos_token_id=2)
+    rows = np.array([[0, 2, 9, 22, 22, 22], [5, 22, 2, 22, 2, 2]], np.int32)
+    out = run(params, rows, config)
+    np.testing.assert_allclose(out.pooler_output[0], out.last_hidden_state[0, 3], atol=1e-6)
+    np.testing.assert_allclose(out.pooler_output[1], out.last_hidden_state[1, 1], atol=1e-6)
+
+
 def test_attention_is_causal(params, ids):
     changed = ids.copy()
     changed[:, 6:] = 5

@@ -174,3 +174,12 @@ def test_the_staging_folder_of_a_running_process_is_left_alone(tmp_path):
             raise ZeroDivisionError
         assert os.path.isdir(folder)
     assert (tmp_path / "out" / "_CHECKPOINT_METADATA").read_text() == "slow"
+
+
+def test_what_was_there_comes_back_when_the_last_step_fails(tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "_CHECKPOINT_METADATA").write_text("old")
+    with pytest.raises(FileNotFoundError), staged_folder(out, overwrite=True):
+        pass  # nothing is made, so that there is nothing to rename
+    assert (out / "_CHECKPOINT_METADATA").read_text() == "old"

@@ -12,6 +12,7 @@ import transformers
 
 import clip_jax
 from clip_jax import ClipTextConfig, ClipTextModel
+from clip_jax.compat import FlaxCLIPTextModelWithProjection
 from clip_jax.models import functional
 from tests.checkpoints import TINY, TINY_H, hf_state, load_as_sd15, write_text_encoder
 
@@ -58,6 +59,18 @@ def torch_outputs(model, ids, mask=None):
             output_hidden_states=True,
         )
     return out
+
+
+def test_a_small_vocabulary_pools_where_transformers_does(tmp_path):
+    """As in the pipelines that diffusers tests with: `eos_token_id: 2`, and another id in the tokenizer."""
+    config = dataclasses.replace(TINY_H, vocab_size=1000, eos_token_id=2, projection_dim=40)
+    state = hf_state(config)
+    ids = np.array([[0, 5, 22, 22, 22], [0, 7, 2, 9, 22]], np.int32)
+    wanted = torch_outputs(reference(config, state), ids).text_embeds
+    folder = write_text_encoder(tmp_path / "small", config.to_hf(), state)
+    found = FlaxCLIPTextModelWithProjection.from_pretrained(folder)(ids).text_embeds
+    np.testing.assert_allclose(found, wanted, atol=TOLERANCE)
+    assert not np.allclose(found[0], found[1], atol=1e-2)
 
 
 OPTIONS = {
