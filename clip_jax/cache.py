@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from clip_jax.embed import Params, Skips
+from clip_jax.errors import ClipJaxError
 from clip_jax.params.snapshot import Snapshot
 from clip_jax.structs import TextEmbeddings, Tokens, is_traced
 
@@ -24,6 +25,16 @@ from clip_jax.structs import TextEmbeddings, Tokens, is_traced
 CACHE_BYTES = 256 * 2**20
 
 _FEW = 16  # rows, or groups of rows, that one program joins
+
+
+def check_cache_bytes(cache_bytes: int) -> None:
+    """Refuses what is no size of a cache.
+
+    Raises:
+        ClipJaxError: It is none.
+    """
+    if type(cache_bytes) is not int or cache_bytes < 0:
+        raise ClipJaxError(f"cache_bytes must be an int of 0 or more, found {cache_bytes!r}.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,6 +60,7 @@ class EmbeddingCache:
     """The least recently used entry goes first. All methods may be called from several threads."""
 
     def __init__(self, max_bytes: int) -> None:
+        check_cache_bytes(max_bytes)
         self.max_bytes = max_bytes
         self._lock = threading.Lock()
         self._entries: OrderedDict[Hashable, tuple[TextEmbeddings, int]] = OrderedDict()

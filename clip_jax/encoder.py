@@ -74,8 +74,6 @@ class TextEncoder:
         self.attention = attention
         self.provenance = provenance or {}
         self.batch_sharding = batch_sharding
-        if type(cache_bytes) is not int or cache_bytes < 0:
-            raise ClipJaxError(f"cache_bytes must be an int of 0 or more, found {cache_bytes!r}.")
         self.cache = EmbeddingCache(cache_bytes) if cache_bytes else None
         self._frozen: FrozenPrograms | None = None
         self.params = params

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import jax.typing
 import numpy as np
 
-from clip_jax.cache import CACHE_BYTES
+from clip_jax.cache import CACHE_BYTES, check_cache_bytes
 from clip_jax.config import ClipTextConfig, TowerConfig
 from clip_jax.convert.components import ConfigLike, read_configs
 from clip_jax.convert.detect import family_called, folders_of
@@ -226,10 +226,13 @@ def load(
     Raises:
         CheckpointError: The source is not there, not whole, of another model or family, or quantised otherwise.
         ConfigError: Its `config.json` asks for something that cannot be honoured.
-        ClipJaxError: `rules` do not fit `mesh`; another `quantize`; "cudnn" for another dtype, or without a cuDNN.
+        ClipJaxError: `rules` do not fit `mesh`; another `quantize` or dtype; "cudnn" for another dtype, or without a
+            cuDNN. What does not depend on the source is looked at before it is read.
     """
     scheme = scheme_called(quantize)
     check_attention(attention, cast.float_dtype(dtype))
+    check_cache_bytes(cache_bytes)
+    kept = cast.float_dtype(dtype if param_dtype is None else param_dtype)
     access = Access(revision=revision, local_files_only=local_files_only, token=token, cache_dir=cache_dir)
     names = {without} if isinstance(without, str) else set(without)
     opened = _open(source, family, names, access, config, text_projection, progress)
@@ -242,7 +245,6 @@ def load(
             UserWarning,
             stacklevel=2,
         )
-    kept = cast.float_dtype(dtype if param_dtype is None else param_dtype)
     with auto_axes(rows):
         params = opened.read_params(kept, scheme=scheme, placement=placement, progress=progress)
     return TextEncoder(

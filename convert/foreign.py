@@ -180,8 +180,8 @@ def _open_folder(path: Path, family: str | None, without: set[str], projection: 
     matched = find_family(path, found, family)
     absent = {t.name for t in matched.towers if t.optional and not ({"", t.folder} & found.components.keys())}
     matched = matched.without(without | absent)
-    if matched.zero_negative_key in found.index:
-        zeros = found.index[matched.zero_negative_key]
+    if found.index and matched.zero_negative_key is not None:
+        zeros = found.index.get(matched.zero_negative_key, True)  # the pipelines' own default
         if not isinstance(zeros, bool):
             raise CheckpointError(
                 f"{path}/model_index.json: {matched.zero_negative_key} must be true or false, found {zeros!r}."

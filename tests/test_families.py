@@ -450,6 +450,16 @@ def test_a_tower_that_is_left_out_need_not_be_there(tmp_path):
     assert clip_jax.load(folder, without=["t5"])("a", prompt_3="ignored").prompt_embeds.shape == (2, 333, 4096)
 
 
+@pytest.mark.parametrize("name", ["sdxl", "sdxl_refiner"])
+def test_a_pipeline_that_does_not_say_has_zeros(name, tmp_path):
+    """As diffusers reads it, for the refiner too."""
+    folder = write_family(tmp_path, FAMILIES[name])
+    index = json.loads((folder / "model_index.json").read_text())
+    del index["force_zeros_for_empty_prompt"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    assert not clip_jax.load(folder)("a cat").uncond.prompt_embeds.any()
+
+
 def test_force_zeros_is_for_the_families_that_know_it(tmp_path):
     folder = write_family(tmp_path, FAMILIES["sd15"])
     index = json.loads((folder / "model_index.json").read_text())

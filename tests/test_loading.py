@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import clip_jax
-from clip_jax import FAMILIES, CheckpointError, Family
+from clip_jax import FAMILIES, CheckpointError, ClipJaxError, Family
 from clip_jax.convert import convert
 from clip_jax.families import Tower
 from tests.checkpoints import TINY
@@ -226,3 +226,12 @@ def test_progress_is_shown_on_a_terminal(tiny_sd15, tmp_path, monkeypatch):
 def test_a_name_too_long_for_a_path_is_not_there():
     with pytest.raises(CheckpointError, match="does not exist"):
         clip_jax.load("a" * 5000)
+
+
+@pytest.mark.parametrize(
+    "options", [{"dtype": "float64", "param_dtype": "float32"}, {"param_dtype": "int8"}, {"cache_bytes": -1}]
+)
+def test_options_are_looked_at_before_anything_is_read(options, tmp_path):
+    with pytest.raises(ClipJaxError, match="dtype|cache_bytes") as raised:
+        clip_jax.load(tmp_path / "absent", **options)
+    assert "does not exist" not in str(raised.value)

@@ -31,6 +31,20 @@ def model_max_length(settings: dict[str, Any], path: Path, default: int) -> int:
     return length
 
 
+def check_sides(settings: dict[str, Any], path: Path) -> None:
+    """Refuses rows that tokenizer_config.json (`path`) has padded or cut on the left.
+
+    Raises:
+        CheckpointError: It has them so.
+    """
+    for name in ("padding_side", "truncation_side"):
+        if settings.get(name) not in (None, "right"):
+            raise CheckpointError(
+                f"{path}: {name} is {settings[name]!r}, expected 'right': rows are padded and cut at their end. Take "
+                f"the tokenizer of the pipeline, or change it to 'right' if the model was trained so."
+            )
+
+
 def read_optional_json(path: Path) -> dict[str, Any]:
     """As `read_json`; empty where there is no such file."""
     return read_json(path) if exists(path) else {}

@@ -12,6 +12,7 @@ from tokenizers import AddedToken
 
 from clip_jax.errors import CheckpointError
 from clip_jax.tokenizers.files import (
+    check_sides,
     exists,
     listing,
     model_max_length,
@@ -56,6 +57,7 @@ def read_folder(folder: Path) -> Recipe:
 
     config_path = folder / "tokenizer_config.json"
     settings = read_optional_json(config_path)
+    check_sides(settings, config_path)
     if "added_tokens_decoder" in settings:
         declared = settings["added_tokens_decoder"]
         added = {int(index): _added_token(token, config_path) for index, token in declared.items()}

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Self
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from clip_jax.errors import CheckpointError
-from clip_jax.tokenizers.files import exists, listing, model_max_length, read_optional_json, token_content
+from clip_jax.tokenizers.files import check_sides, exists, listing, model_max_length, read_optional_json, token_content
 from clip_jax.tokenizers.rows import RowTokenizer
 
 MAX_LENGTH = 512
@@ -70,6 +70,7 @@ class T5Tokenizer(RowTokenizer):
                 return None
             whole = _convert_sentencepiece(folder, alone=others)
         settings = {} if others else read_optional_json(folder / "tokenizer_config.json")
+        check_sides(settings, folder / "tokenizer_config.json")
         special = {name: token_content(settings.get(name)) or token for name, token in _DEFAULT_SPECIAL.items()}
         length = model_max_length(settings, folder / "tokenizer_config.json", MAX_LENGTH)
         return cls(build_pipeline(whole, special, source), special, length)

@@ -124,6 +124,14 @@ def test_model_max_length(tmp_path, config, length):
     assert tokenizer.encode(["a"]).shape == (1, length)
 
 
+@pytest.mark.parametrize("name", ["padding_side", "truncation_side"])
+def test_rows_that_are_filled_or_cut_on_the_left_are_refused(tmp_path, name):
+    ClipTokenizer.from_folder(write(tmp_path, tokenizer_config={name: "right"}))
+    write(tmp_path, tokenizer_config={name: "left"})
+    with pytest.raises(CheckpointError, match=f"{name} is 'left', expected 'right'"):
+        ClipTokenizer.from_folder(tmp_path)
+
+
 def test_tokenizer_json_wins_over_vocab_and_merges(tmp_path):
     ClipTokenizer.packaged("!").save(tmp_path)
     (tmp_path / "tokenizer_config.json").unlink()

@@ -177,6 +177,11 @@ def test_a_tokenizer_without_character_map(tmp_path):
     assert ours.encode(["ﬁ a"], max_length=4).tolist() == [[SPACE, UNK, A, EOS]]
 
 
+def test_rows_that_are_filled_on_the_left_are_refused(tmp_path):
+    with pytest.raises(CheckpointError, match="padding_side is 'left', expected 'right'"):
+        T5Tokenizer.from_folder(write_folder(tmp_path, {"padding_side": "left"}))
+
+
 def test_no_tokenizer_is_an_error(tmp_path):
     with pytest.raises(CheckpointError, match=r"expected spiece\.model or a tokenizer\.json .*tokenizer_2/ of FLUX"):
         T5Tokenizer.from_folder(tmp_path)
