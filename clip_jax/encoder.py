@@ -100,7 +100,7 @@ class TextEncoder:
         self._dtype = float_dtype(dtype)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_frozen": None, "batch_sharding": None}  # arrays arrive on one device
+        return {**self.__dict__, "_frozen": None, "batch_sharding": None}  # pickled arrays arrive on one device
 
     @property
     def config(self) -> dict[str, TowerConfig]:

@@ -20,6 +20,8 @@ def start(case: Message) -> Model:
     import clip_jax
 
     options = {"dtype": case["precision"]}
+    if case["options"]["attention"] != "xla":  # not named otherwise, for commits that did not have the option
+        options["attention"] = case["options"]["attention"]
     if case["precision"] == "int8":
         if "quantize" not in inspect.signature(clip_jax.load).parameters:
             raise LeftOut("this clip_jax does not quantise")

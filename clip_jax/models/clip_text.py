@@ -7,8 +7,8 @@ rely. It is why there is one small module per level of that tree.
 
 Differences from the reference: softmax, LayerNorm and activation are computed in float32 whatever the dtype.
 The pooled row is that of the first end-of-text token; transformers takes the highest id of the row where the
-config says `eos_token_id: 2`, which is another row once textual inversion has added ids. It is computed apart
-from the other rows of the last block, so that a pipeline which wants no more of that block pays for no more.
+config says `eos_token_id: 2`, which is another row once textual inversion has added ids to CLIP's vocabulary. It is
+computed apart from the other rows of the last block, so that a pipeline which wants no more of it pays for no more.
 
 Letters: B batch, L tokens, D width, N heads, H head size, F mlp width, V vocabulary, P pooled width.
 """

@@ -64,12 +64,15 @@ def read_folder(folder: Path) -> Recipe:
         extra = _extra_special(settings, config_path)
     else:
         map_path = folder / "special_tokens_map.json"
+        listed = {str(token) for token in _extra_special(settings, config_path)}
         settings |= {
             name: {**token, "special": True} if name in _DEFAULT_SPECIAL and isinstance(token, dict) else token
             for name, token in read_optional_json(map_path).items()
+            if name != "additional_special_tokens" or name not in settings  # those of the config go before
         }
         extra = _extra_special(settings, map_path)
-        names = {token_content(settings.get(name)) for name in _DEFAULT_SPECIAL} | {str(token) for token in extra}
+        # Those that the map alone calls special are normalised: transformers reads it too late for these flags.
+        names = {token_content(settings.get(name)) for name in _DEFAULT_SPECIAL} | listed
         added = {
             index: AddedToken(token, normalized=token not in names, special=token in names)
             for token, index in read_optional_json(folder / "added_tokens.json").items()

@@ -164,6 +164,14 @@ FOLDERS = {
         "added_tokens": ADDED,
         "tokenizer_config": {"additional_special_tokens": ["<Cat-Toy>"]},
     },
+    "added extra special of the map": {
+        "added_tokens": ADDED,
+        "special_tokens_map": {**SPECIAL_4X, "additional_special_tokens": ["<Cat-Toy>"]},
+    },
+    "extra special of both": {
+        "tokenizer_config": {"additional_special_tokens": []},
+        "special_tokens_map": {**SPECIAL_4X, "additional_special_tokens": ["<Cat-Toy>"]},
+    },
     "extra special": {"special_tokens_map": {**SPECIAL_4X, "additional_special_tokens": ["<Cat-Toy>", "<x>"]}},
 }
 FOLDER_TEXTS = [

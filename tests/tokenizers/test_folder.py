@@ -107,6 +107,15 @@ def test_an_extra_special_token_matches_as_written(tmp_path, files):
     assert 49408 not in ids(tokenizer, "<cat-toy>")
 
 
+def test_extra_special_tokens_of_the_map_alone(tmp_path):
+    """As transformers reads them: an added token is then not special, and those of the config go before."""
+    special = {"additional_special_tokens": ["<Cat-Toy>"]}
+    write(tmp_path, special_tokens_map=special, added_tokens={"<Cat-Toy>": 49408})
+    assert ids(ClipTokenizer.from_folder(tmp_path), "<cat-toy>") == [49406, 49408, 49407]
+    write(tmp_path, special_tokens_map=special, added_tokens={}, tokenizer_config={"additional_special_tokens": []})
+    assert ClipTokenizer.from_folder(tmp_path).vocab_size == 49_408
+
+
 @pytest.mark.parametrize(
     ("config", "length"),
     [
