@@ -15,13 +15,18 @@ from clip_jax.models import check_attention, functional
 from tests.checkpoints import TINY, write_family
 
 
-@pytest.fixture
-def cudnn(monkeypatch, trace_anew):
-    """JAX believes that there is a GPU with cuDNN; programs can be lowered for it, and not run on it."""
-    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
-    monkeypatch.setattr(fused_attention_stablehlo, "check_compute_capability", lambda capability: True)
-    monkeypatch.setattr(fused_attention_stablehlo, "is_cuda_compute_capability_equal", lambda capability: False)
-    trace_anew()
+@pytest.fixture(scope="module")
+def cudnn():
+    """JAX believes that there is a GPU with cuDNN; programs can be lowered for it, and not run on it.
+
+    For the rest of the module: what is traced meanwhile has to be forgotten, and is traced once for all tests.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
+        patch.setattr(fused_attention_stablehlo, "check_compute_capability", lambda capability: True)
+        patch.setattr(fused_attention_stablehlo, "is_cuda_compute_capability_equal", lambda capability: False)
+        yield
+    jax.clear_caches()
 
 
 @pytest.fixture
@@ -64,6 +69,12 @@ def asked(text):
         options = json.loads(config.replace("\\22", '"'))["cudnn_fmha_backend_config"]
         found.add((name, options["mask_type"], round(options["fmha_scale"], 6)))
     return found
+
+
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="there is one")
+def test_no_cudnn_is_told_before_anything_is_read(tmp_path):
+    with pytest.raises(ClipJaxError, match="cuDNN is not detected"):
+        clip_jax.load(tmp_path / "absent", dtype="bfloat16", attention="cudnn")
 
 
 def test_causal_attention_is_what_cudnn_is_asked_for(on_cuda):
@@ -140,12 +151,6 @@ def test_float32_is_refused(cudnn, tiny_sd15):
     with pytest.raises(ClipJaxError, match=r"attention='cudnn' is for bfloat16 and float16.*Leave it out"):
         clip_jax.load(tiny_sd15, family="sd15", attention="cudnn")
     check_attention("cudnn", jnp.bfloat16)
-
-
-@pytest.mark.skipif(jax.default_backend() == "gpu", reason="there is one")
-def test_no_cudnn_is_told_before_anything_is_read(tmp_path):
-    with pytest.raises(ClipJaxError, match="cuDNN is not detected"):
-        clip_jax.load(tmp_path / "absent", dtype="bfloat16", attention="cudnn")
 
 
 def test_another_name_is_refused(encoder):
