@@ -8,6 +8,7 @@ may choose from, and others may be chosen there. The plugin: `pip install --no-d
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import json
 import os
@@ -16,12 +17,12 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
-
-os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # of libraries that only a GPU needs
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax._src.cudnn import fused_attention_stablehlo
 from jax.experimental import topologies
 from tqdm import tqdm
 
@@ -92,6 +93,7 @@ def main() -> None:
 
 def h100() -> jax.Device:
     """A device to compile for, and not to run on."""
+    os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # of libraries that only a GPU needs
     return topologies.get_topology_desc("h100", platform="cuda", target_config=_H100, topology="1x1x1").devices[0]
 
 
@@ -114,17 +116,26 @@ def compiled(
     ids = {t.name: jax.ShapeDtypeStruct((pairs, family.row_length(t, 77)), np.int32) for t in family.towers}
     tokens = Tokens(cond=ids, uncond=ids if family.guidance else None)
     params, tokens = jax.tree.map(on_device, (_params(family, scheme), tokens))
-    if attention == "cudnn":
-        _pretend_cudnn()
-    lowered = jax.jit(
-        lambda params, tokens: text_embeddings(
-            params, tokens, family=family, compute_dtype=jnp.bfloat16, attention=attention
-        )
-    ).lower(params, tokens)
+    with pretended_cudnn():
+        lowered = jax.jit(
+            lambda params, tokens: text_embeddings(
+                params, tokens, family=family, compute_dtype=jnp.bfloat16, attention=attention
+            )
+        ).lower(params, tokens)
     with tempfile.TemporaryDirectory() as folder:
         program = lowered.compile(compiler_options={**_OPTIONS, "xla_dump_to": folder})
         (thunks,) = Path(folder).glob("*.thunk_sequence_after_thunk_passes.txt")
         return program, kernels(thunks.read_text())
+
+
+def pretended_cudnn() -> contextlib.AbstractContextManager[object]:
+    """JAX asks the GPU at hand what its cuDNN can do; in this context it need not have one."""
+    return mock.patch.multiple(
+        fused_attention_stablehlo,
+        check_cudnn_version=lambda: 91000,
+        check_compute_capability=lambda _: True,
+        is_cuda_compute_capability_equal=lambda _: False,
+    )
 
 
 def kernels(thunks: str) -> Kernels:
@@ -173,15 +184,6 @@ def _params(family: Family, scheme: Scheme) -> dict[str, Any]:
     return {
         name: unflatten({path: leaf(path, shape) for path, shape in flatten(tree).items()}) for name, tree in towers
     }
-
-
-def _pretend_cudnn() -> None:
-    """JAX asks the GPU at hand whether it can, and here there is none."""
-    from jax._src.cudnn import fused_attention_stablehlo as cudnn
-
-    cudnn.check_cudnn_version = lambda: 91000
-    cudnn.check_compute_capability = lambda _: True
-    cudnn.is_cuda_compute_capability_equal = lambda _: False
 
 
 if __name__ == "__main__":

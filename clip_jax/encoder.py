@@ -7,7 +7,7 @@ import itertools
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -98,6 +98,11 @@ class TextEncoder:
     @dtype.setter
     def dtype(self, dtype: jax.typing.DTypeLike) -> None:
         self._dtype = float_dtype(dtype)
+
+    def __copy__(self) -> Self:
+        copied = object.__new__(type(self))
+        copied.__dict__ |= {**self.__dict__, "_frozen": None}
+        return copied
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_frozen": None, "batch_sharding": None}  # pickled arrays arrive on one device

@@ -1,5 +1,6 @@
 """text_embeddings: pure, jitted, one program, usable inside a caller's transformations."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -196,3 +197,10 @@ def test_halves_of_mapped_embeddings_are_those_of_each():
         each = jax.vmap(lambda e, half=half: getattr(e, half))(whole)
         jax.tree.map(np.testing.assert_array_equal, getattr(whole, half), each)
     assert whole.cond.prompt_embeds.shape == (3, 2, 1, 2)
+
+
+def test_params_may_be_boxed_with_their_axes(encoder, tokens):
+    """As `init` makes them; of which `compute_dtype` is told, too."""
+    boxed = jax.tree.map(lambda leaf: nn.LogicallyPartitioned(leaf, (None,) * leaf.ndim), encoder.params)
+    found = text_embeddings(boxed, tokens, family=encoder.family)
+    np.testing.assert_allclose(found.prompt_embeds, embed(encoder, tokens).prompt_embeds, atol=1e-5)

@@ -207,3 +207,9 @@ def test_programs_of_a_later_version_are_refused(pair, tmp_path):
     facts.write_text(json.dumps(json.loads(facts.read_text()) | {"version": 2}))
     with pytest.raises(CheckpointError, match="newer than 1"):
         read_programs(tmp_path)
+
+
+@of_one_family
+def test_a_folder_of_the_home(pair, monkeypatch):
+    monkeypatch.setenv("HOME", str(pair[1].parent))
+    assert clip_jax.load_exported(f"~/{pair[1].name}").family == pair[0].family

@@ -110,6 +110,14 @@ def test_exchanged_params_are_computed_with(encoder):
     same(mine("a cat"), found, atol=1e-5)
 
 
+def test_they_are_left_aside_where_jit_is(encoder):
+    mine = another(encoder)
+    mine.warmup(freeze=True)
+    with jax.disable_jit():
+        found = mine("a cat")
+    same(found, encoder("a cat"), atol=1e-5)
+
+
 def test_another_dtype_or_family_is_computed_with(encoder):
     mine = another(encoder)
     mine.warmup(freeze=True)

@@ -201,5 +201,5 @@ def test_rows_are_whole_blocks_of_values(tmp_path):
 
 def test_an_empty_tensor_of_an_impossible_shape_is_refused(tmp_path):
     (tmp_path / "x").write_bytes(gguf_bytes([("w", (2**63, 0), 0, 0, b"")]))
-    with pytest.raises(CheckpointError, match="too large for any array|no tensor"):
+    with pytest.raises(CheckpointError, match="too large for any array"):
         open_file(tmp_path / "x")

@@ -113,6 +113,13 @@ def test_an_empty_array_may_be_of_any_width(tmp_path):
     assert open_file(tmp_path / "x").read("a").shape == (2**40, 0)
 
 
+@pytest.mark.parametrize(("shape", "dtype"), [((0, 2**61), "float64"), ((2**62, 0), "float32")])
+def test_an_empty_array_that_numpy_could_not_have_is_refused(tmp_path, shape, dtype):
+    (tmp_path / "x").write_bytes(packed(shape, dtype, b""))
+    with pytest.raises(CheckpointError, match="damaged"):
+        open_file(tmp_path / "x")
+
+
 def test_chunks_that_do_not_make_up_the_shape(tmp_path, monkeypatch):
     monkeypatch.setattr(flax.serialization, "MAX_CHUNK_SIZE", 1000)
     content = write(tmp_path / "x", {"a": np.zeros((50, 40), ml_dtypes.bfloat16)}).read_bytes()

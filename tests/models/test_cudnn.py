@@ -10,9 +10,12 @@ import pytest
 from jax._src.cudnn import fused_attention_stablehlo
 
 import clip_jax
+from bench.kernels import pretended_cudnn
 from clip_jax import FAMILIES, ClipJaxError, ClipTextModel, text_embeddings
 from clip_jax.models import check_attention, functional
 from tests.checkpoints import TINY, write_family
+
+_CHECK_CUDNN_VERSION = fused_attention_stablehlo.check_cudnn_version
 
 
 @pytest.fixture(scope="module")
@@ -21,10 +24,7 @@ def cudnn():
 
     For the rest of the module: what is traced meanwhile has to be forgotten, and is traced once for all tests.
     """
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
-        patch.setattr(fused_attention_stablehlo, "check_compute_capability", lambda capability: True)
-        patch.setattr(fused_attention_stablehlo, "is_cuda_compute_capability_equal", lambda capability: False)
+    with pretended_cudnn():
         yield
     jax.clear_caches()
 
@@ -72,7 +72,8 @@ def asked(text):
 
 
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="there is one")
-def test_no_cudnn_is_told_before_anything_is_read(tmp_path):
+def test_no_cudnn_is_told_before_anything_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", _CHECK_CUDNN_VERSION)
     with pytest.raises(ClipJaxError, match="cuDNN is not detected"):
         clip_jax.load(tmp_path / "absent", dtype="bfloat16", attention="cudnn")
 

@@ -410,7 +410,8 @@ def test_without_quantised_params_qwix_is_not_imported(tiny_sd15, saved):
 
 # Gradients
 
-SCHEME_COSINES = {"int8": 0.995, "fp8": 0.99, "int4": 0.9}
+# 0.99986, 0.9985 and 0.972.
+COSINES = {"int8": 0.9995, "fp8": 0.997, "int4": 0.96}
 
 
 def cosine(a, b):
@@ -436,7 +437,7 @@ def test_gradients_come_through_quantised_kernels(quantized, encoder, quantize):
         return jax.jit(jax.grad(loss))(leaf)
 
     found, wanted = gradient(quantized.params), gradient(encoder.params)
-    assert cosine(found, wanted) > SCHEME_COSINES[quantize]
+    assert cosine(found, wanted) > COSINES[quantize]
 
 
 def test_what_cuda_differentiates_in_fp8():

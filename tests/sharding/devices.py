@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
+import pickle
 import shutil
 import sys
 from collections.abc import Callable, Mapping
@@ -69,6 +71,7 @@ def main(sources: Path) -> None:
     one = encode(encoders["clip, both"], PROMPTS[:1])
     results["one prompt"] = {"error": largest_error(one, reference(sources / "sd15.npz", 1))}
     results["moved"] = moved(sources)
+    results["pickled"] = pickled(sources)
     results["default"] = default(sources)
     results["explicit"] = explicit(sources)
     results["saved"] = saved(encoders["flux, both"], whole["flux"], sources / "saved")
@@ -111,6 +114,17 @@ def moved(sources: Path) -> float:
     encoder = clip_jax.load(sources / "sd15", family="sd15", mesh=mesh_of({"data": 2, "tensor": 4}), cache_bytes=0)
     encoder.params = jax.device_put(encoder.params, jax.devices()[3])
     return largest_error(encode(encoder, PROMPTS[:2]), reference(sources / "sd15.npz", 2))
+
+
+def pickled(sources: Path) -> dict[str, Any]:
+    """An encoder with its params on a mesh, by way of bytes; and a copy, which shares them."""
+    encoder = clip_jax.load(sources / "sd15", family="sd15", mesh=mesh_of({"data": 2, "tensor": 4}))
+    found = {"pickled": pickle.loads(pickle.dumps(encoder)), "copied": copy.copy(encoder)}
+    wanted = reference(sources / "sd15.npz", 2)
+    return {
+        "errors": {name: largest_error(encode(each, PROMPTS[:2]), wanted) for name, each in found.items()},
+        "rows": found["copied"].batch_sharding == encoder.batch_sharding,
+    }
 
 
 def default(sources: Path) -> list[str]:

@@ -144,6 +144,11 @@ def test_params_may_leave_the_mesh(devices):
     assert devices["moved"] <= TOLERANCE
 
 
+def test_encoders_of_a_mesh_are_pickled_and_copied(devices):
+    assert max(devices["pickled"]["errors"].values()) <= TOLERANCE
+    assert devices["pickled"]["rows"]
+
+
 def test_params_stay_on_the_device_that_was_the_default(devices):
     assert devices["default"] == ["{CpuDevice(id=3)}"] * 2
 
