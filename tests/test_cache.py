@@ -20,7 +20,7 @@ from clip_jax.structs import TextEmbeddings
 from tests.checkpoints import write_family
 
 
-@pytest.fixture(scope="module", params=["sdxl", "flux"])
+@pytest.fixture(scope="module", params=["sdxl", pytest.param("flux", marks=pytest.mark.slow)])
 def loaded(request, tmp_path_factory):
     folder = write_family(tmp_path_factory.mktemp("cache") / request.param, clip_jax.FAMILIES[request.param])
     return clip_jax.load(folder, family=request.param)

@@ -96,6 +96,7 @@ def test_after_a_warmup_of_many_a_negative_for_all_compiles_nothing(encoder, cap
     assert not compiled_by(caplog, lambda: encoder(["a boat", "a car"], negative_prompt="blurry"))
 
 
+@pytest.mark.slow
 def test_after_a_warmup_texts_of_any_length_compile_nothing(tmp_path, caplog):
     """FLUX's CLIP-L, whose ids are cut after the end of the text."""
     folder = write_family(tmp_path / "flux", clip_jax.FAMILIES["flux"])

@@ -212,7 +212,7 @@ def test_float16_that_overflows_is_an_error(encoder):
     assert np.isfinite(single("a cat").prompt_embeds).all()
 
 
-@pytest.mark.parametrize("name", ["sd15", "flux"])
+@pytest.mark.parametrize("name", ["sd15", pytest.param("flux", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_it_runs_where_jax_is_told_to_be_strict(tmp_path, name, dtype):
     folder = write_family(tmp_path / name, clip_jax.FAMILIES[name])

@@ -17,7 +17,7 @@ from clip_jax.program import read_programs
 from tests.checkpoints import digests, write_family
 
 
-@pytest.fixture(scope="module", params=["sdxl", "flux"])
+@pytest.fixture(scope="module", params=["sdxl", pytest.param("flux", marks=pytest.mark.slow)])
 def pair(request, tmp_path_factory):
     """An encoder, and a folder that it was exported to."""
     folder = tmp_path_factory.mktemp("exported")

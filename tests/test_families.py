@@ -29,6 +29,11 @@ def encoders(folders):
     return {name: clip_jax.load(folder, family=name, cache_bytes=0) for name, folder in folders.items()}
 
 
+# SD 3 has the towers of SDXL and FLUX, the refiner one of SDXL's.
+EVERY_FAMILY = [
+    pytest.param(name, marks=pytest.mark.slow if name in ("sd3", "sdxl_refiner") else ()) for name in FAMILIES
+]
+
 SHAPES = {
     "sd15": ((2, 77, L), None),
     "sd21": ((2, 77, G), None),
@@ -49,7 +54,7 @@ def test_shapes(encoders, name):
     assert (out.text_ids is not None) == (name == "flux")
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", EVERY_FAMILY)
 def test_batches_are_row_for_row_their_prompts(encoders, name):
     encoder = encoders[name]
     out = encoder(["one", "two words", "three"], ["bad", "worse", "worst"], guidance=True)
@@ -60,7 +65,7 @@ def test_batches_are_row_for_row_their_prompts(encoders, name):
             np.testing.assert_allclose(batch.pooled_prompt_embeds[1], one.pooled_prompt_embeds[0], atol=2e-5)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", EVERY_FAMILY)
 def test_a_call_is_one_program(encoders, name):
     encoder = encoders[name]
     tokens = encoder.tokenize("a cat", "bad")
@@ -68,7 +73,7 @@ def test_a_call_is_one_program(encoders, name):
     assert text.count("ENTRY") == 1
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", EVERY_FAMILY)
 def test_convert_save_and_load_give_the_same(folders, encoders, name, tmp_path):
     from clip_jax.convert import convert
 
@@ -494,7 +499,7 @@ def test_long_clip_without_a_tokenizer_takes_all_its_positions(tmp_path):
     assert encoder(" ".join(["cat"] * 200)).prompt_embeds.shape == (2, 248, L)
 
 
-@pytest.mark.parametrize("name", ["sdxl", "flux"])
+@pytest.mark.parametrize("name", ["sdxl", pytest.param("flux", marks=pytest.mark.slow)])
 def test_encode_goes_within_a_jit(folders, name):
     encoder = clip_jax.load(folders[name], dtype="float16")
     tokens = encoder.tokenize(["a", "b", "c"])

@@ -32,7 +32,7 @@ def constants_at_least(monkeypatch):
         monkeypatch.setattr(frozen, "_OPTIONS", {})
 
 
-@pytest.fixture(scope="module", params=["sdxl", "flux"])
+@pytest.fixture(scope="module", params=["sdxl", pytest.param("flux", marks=pytest.mark.slow)])
 def loaded(request, tmp_path_factory):
     folder = write_family(tmp_path_factory.mktemp("frozen") / request.param, clip_jax.FAMILIES[request.param])
     return clip_jax.load(folder, family=request.param, cache_bytes=0)
@@ -110,6 +110,7 @@ def test_exchanged_params_are_computed_with(encoder):
     same(mine("a cat"), found, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_they_are_left_aside_where_jit_is(encoder):
     mine = another(encoder)
     mine.warmup(freeze=True)
@@ -286,6 +287,7 @@ encoder("a cat").prompt_embeds.block_until_ready()
 """
 
 
+@pytest.mark.slow
 def test_a_compilation_cache_neither_warns_nor_fails(tmp_path):
     folder = write_pipeline(tmp_path / "wide", WIDE)
     environment = {**os.environ, "JAX_ENABLE_COMPILATION_CACHE": "true", "JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}

@@ -32,7 +32,7 @@ def test_it_goes_through_jit_and_computes_the_same(module, encoder):
     np.testing.assert_allclose(found.prompt_embeds, wanted.prompt_embeds, atol=1e-5)
 
 
-@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize("before", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_lora_is_neither_lost_nor_kept(encoder, before):
     """Whether the program was traced without it before, or is to be traced without it afterwards."""
     module, tokens = clip_jax.nnx.TextEncoder(encoder), encoder.tokenize("a cat")

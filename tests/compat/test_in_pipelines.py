@@ -113,6 +113,7 @@ def test_the_encoder_learns(clip):
     assert moved == flatten(clip.params).keys()
 
 
+@pytest.mark.slow
 def test_a_train_state_is_saved_and_restored(clip, tmp_path):
     state, _ = train_step(dreambooth_state(clip), IDS)
     tree = {"step": jnp.asarray(state.step), "params": state.params, "opt_state": state.opt_state}

@@ -91,10 +91,10 @@ def sd3(tmp_path_factory):
         ("sd15", "float16"),
         ("sd21", "float32"),
         ("sdxl", "bfloat16"),
-        ("sdxl", "float16"),
+        pytest.param("sdxl", "float16", marks=pytest.mark.slow),
         ("sdxl_refiner", "bfloat16"),
         ("sd3", "float16"),
-        ("flux", "bfloat16"),
+        pytest.param("flux", "bfloat16", marks=pytest.mark.slow),
         ("flux", "mixed"),
     ],
 )

@@ -28,7 +28,7 @@ def call(encoder, **changed):
     return encoder(**{k: v for k, v in {**FAMILY_CALL, **changed}.items() if k in taken})
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n == "sd3" else ()) for n in FAMILIES])
 def test_embeddings_are_those_of_diffusers(name, golden, tmp_path):
     encoder = clip_jax.load(write_family(tmp_path, FAMILIES[name]), family=name)
     ours, other = call(encoder), call(encoder, prompt=["another", "prompt"], prompt_2=["for", "all"])

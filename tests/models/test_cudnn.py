@@ -42,7 +42,7 @@ def on_cuda(monkeypatch):
     monkeypatch.setattr(jax.lax, "platform_dependent", lambda *arrays, cuda, default: cuda(*arrays))
 
 
-@pytest.fixture(scope="module", params=["sd15", "flux"])
+@pytest.fixture(scope="module", params=["sd15", pytest.param("flux", marks=pytest.mark.slow)])
 def folder(request, tmp_path_factory):
     return write_family(tmp_path_factory.mktemp("family") / request.param, FAMILIES[request.param])
 

@@ -20,7 +20,7 @@ TINY_T5 = T5EncoderConfig(
 CONFIGS = {"clip": dataclasses.replace(TINY_H, num_hidden_layers=3), "t5": TINY_T5}
 
 
-@pytest.fixture(scope="module", params=CONFIGS)
+@pytest.fixture(scope="module", params=["clip", pytest.param("t5", marks=pytest.mark.slow)])
 def model(request):
     return model_of(CONFIGS[request.param])
 

@@ -32,7 +32,9 @@ FC1 = "text_model/encoder/layers/1/mlp/fc1/kernel"
 TOKENS = "text_model/embeddings/token_embedding/embedding"
 
 
-@pytest.fixture(scope="module", params=list(SCHEMES))
+@pytest.fixture(
+    scope="module", params=["int8", *(pytest.param(name, marks=pytest.mark.slow) for name in ("fp8", "int4"))]
+)
 def quantize(request):
     return request.param
 
