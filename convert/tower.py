@@ -236,7 +236,7 @@ def _check_projection(
         )
         rest = {name: other for name, other in encoder.state.items() if name != _PROJECTION}
         return dataclasses.replace(encoder, state=rest), dataclasses.replace(config, projection_dim=None)
-    if _is_big_g(kernel.T) and not _is_big_g(kernel):
+    if _is_big_g(kernel.T):
         warnings.warn(
             f"{where}: {tensor.key} looks like SDXL's projection transposed, as one of kohya's scripts leaves it. It "
             f"is read by its name; pass {_SWITCH} if the images are wrong.",

@@ -47,7 +47,8 @@ def test_a_second_process_compiles_nothing(tiny_sd15, tmp_path):
 
 def test_the_folder_may_be_chosen(tiny_sd15, tmp_path):
     code = "import sys, clip_jax; print(clip_jax.enable_compilation_cache(*sys.argv[1:]))"
-    assert run(code, tmp_path / "mine") == [str(tmp_path / "mine")]
+    smallest = "import jax; print(jax.config.jax_persistent_cache_min_entry_size_bytes)"
+    assert run(f"{code}; {smallest}", tmp_path / "mine") == [str(tmp_path / "mine"), "-1"]  # programs of any size
     assert run(code, JAX_COMPILATION_CACHE_DIR=str(tmp_path / "set")) == [str(tmp_path / "set")]
     assert run(code, tmp_path / "mine", JAX_COMPILATION_CACHE_DIR=str(tmp_path / "set")) == [str(tmp_path / "mine")]
 
