@@ -24,7 +24,7 @@ from bench.contenders import CONTENDERS, ENVIRONMENTS
 from bench.environments import parse_pythons, run_helper
 from bench.host import ROOT, cores, git_state, host_facts, tell_noise
 from bench.interleave import PAUSE_S, WARMUP
-from bench.presets import COMPAT, PRECISIONS, PRESETS
+from bench.presets import COMPAT, LARGE_PRESETS, PRECISIONS, PRESETS
 from bench.protocol import WorkerError
 from bench.stats import least_ms
 from bench.suite import run_cases
@@ -32,6 +32,7 @@ from bench.timings import SCHEMA
 from bench.workshop import Case, Workshop
 
 BENCHMARKS = ("encode", "compat", "cold", "cache")
+_ENCODED = (*PRESETS, *LARGE_PRESETS)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -128,8 +129,8 @@ def _slug(device: Mapping[str, str]) -> str:
 
 def _preset_and_pairs(text: str) -> tuple[str, int]:
     preset, _, pairs = text.partition(":")
-    if preset not in PRESETS or not pairs.isdecimal() or pairs == "0":
-        raise argparse.ArgumentTypeError(f"expected PRESET:PAIRS, one of {', '.join(PRESETS)} and a number")
+    if preset not in _ENCODED or not pairs.isdecimal() or pairs == "0":
+        raise argparse.ArgumentTypeError(f"expected PRESET:PAIRS, one of {', '.join(_ENCODED)} and a number")
     return preset, int(pairs)
 
 
@@ -149,7 +150,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME=PATH",
         help=f"the interpreter of an environment ({', '.join(ENVIRONMENTS)}); default: this one",
     )
-    parser.add_argument("--presets", nargs="+", default=PRESETS, choices=PRESETS, help="of encode and cache")
+    parser.add_argument("--presets", nargs="+", default=PRESETS, choices=_ENCODED, help="of encode and cache")
     parser.add_argument("--precisions", nargs="+", default=PRECISIONS, choices=PRECISIONS, help="of encode")
     parser.add_argument("--batches", nargs="+", type=int, default=[1], metavar="PAIRS", help="of encode; default: 1")
     parser.add_argument(

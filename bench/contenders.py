@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from bench.presets import COMPAT, PRESETS
+from bench.presets import COMPAT, LARGE_PRESETS, PRESETS
 
 
 class Export(NamedTuple):
@@ -57,6 +57,7 @@ _CLIP_JAX: Mapping[str, Any] = {
     "packages": ("clip_jax", "jax", "flax"),
     "ours": True,
 }
+_ALL = (*PRESETS, *LARGE_PRESETS)
 _TORCH = ("torch", "transformers")
 _OPENVINO = {
     "worker": "bench.workers.encode_openvino",
@@ -84,6 +85,7 @@ CONTENDERS: dict[str, tuple[Contender, ...]] = {
         Contender(
             name="clip_jax",
             worker="bench.workers.encode_clip_jax",
+            presets=_ALL,
             precisions=("float32", "bfloat16", "int8"),
             options={"freeze": False, "attention": "xla"},
             **_CLIP_JAX,
@@ -91,6 +93,7 @@ CONTENDERS: dict[str, tuple[Contender, ...]] = {
         Contender(
             name="clip_jax, cuDNN",
             worker="bench.workers.encode_clip_jax",
+            presets=_ALL,
             precisions=("bfloat16",),
             platforms=("gpu",),
             options={"freeze": False, "attention": "cudnn"},
@@ -108,14 +111,25 @@ CONTENDERS: dict[str, tuple[Contender, ...]] = {
             worker="bench.workers.encode_torch",
             environment="torch",
             packages=_TORCH,
-            options={"compiled": False},
+            presets=_ALL,
+            options={"modes": {}},
         ),
         Contender(
             name="torch compiled",
             worker="bench.workers.encode_torch",
             environment="torch",
             packages=_TORCH,
-            options={"compiled": True},
+            presets=_ALL,
+            options={"modes": {"cpu": "default", "gpu": "reduce-overhead"}},
+        ),
+        Contender(
+            name="torch autotuned",
+            worker="bench.workers.encode_torch",
+            environment="torch",
+            packages=_TORCH,
+            presets=_ALL,
+            platforms=("gpu",),
+            options={"modes": {"gpu": "max-autotune"}},
         ),
         Contender(
             name="onnxruntime",

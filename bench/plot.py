@@ -42,7 +42,7 @@ def draw(result: Mapping[str, Any], out: Path) -> None:
         axis.invert_yaxis()
         axis.margins(x=0.2)
         axis.spines[["top", "right"]].set_visible(False)
-        axis.set_title(title(result, case))
+        axis.set_title(title(case))
         axis.set_xlabel(f"{unit}, lower is faster")
     devices = dict.fromkeys(about["device"] for about in result["contenders"].values())
     figure.suptitle(f"{result['benchmark']}: {' / '.join(devices)}, {result['date'][:10]}")

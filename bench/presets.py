@@ -7,14 +7,21 @@ import random
 from typing import Any
 
 PRESETS = ("sd15", "sd21", "sdxl")
+#: Those that are encoded where asked for: T5-XXL takes minutes and 20 GB on a CPU.
+LARGE_PRESETS = ("flux",)
 PRECISIONS = ("float32", "bfloat16", "int8")
-LENGTH = 77
+LENGTH, T5_LENGTH = 77, 512
 _START, _END = 49406, 49407
 
 
 def outputs_of(family: str) -> tuple[str, ...]:
     """Names of what comes out of a family's text encoders, in order."""
-    return ("prompt_embeds", "pooled_prompt_embeds") if family == "sdxl" else ("prompt_embeds",)
+    return ("prompt_embeds", "pooled_prompt_embeds") if family in ("sdxl", "flux") else ("prompt_embeds",)
+
+
+def rows_of(preset: str, batch: int) -> int:
+    """Rows of ids of a batch: guidance pairs have two, FLUX's prompts no negative, and models of `compat` are rows."""
+    return 2 * batch if preset in PRESETS else batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,10 +88,15 @@ def clip_ids(rows: int, length: int = LENGTH) -> list[list[int]]:
     return [[_START, *(rng.randrange(_START) for _ in range(length - 2)), _END] for _ in range(rows)]
 
 
+def t5_ids(rows: int, length: int = T5_LENGTH) -> list[list[int]]:
+    """Token ids of random texts that fill T5's rows; always the same."""
+    rng = random.Random(0)
+    return [[*(rng.randrange(3, 32000) for _ in range(length - 1)), 1] for _ in range(rows)]
+
+
 def compat_ids(preset: str) -> list[list[int]]:
     """Token ids [1, L] of a random text; always the same."""
     model = COMPAT[preset]
     if model.flax_class == "FlaxCLIPTextModel":
         return clip_ids(1, model.length)
-    rng = random.Random(0)
-    return [[*(rng.randrange(3, 32000) for _ in range(model.length - 1)), 1]]
+    return t5_ids(1, model.length)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from bench.presets import PRESETS, rows_of
+
 SCHEMA = 4
 
 _Json = Mapping[str, Any]
@@ -70,9 +72,9 @@ def fewer(result: _Json) -> str:
     return " (fewer of larger batches)" if max(case["batch"] for case in result["cases"]) > 1 else ""
 
 
-def title(result: _Json, case: _Json) -> str:
+def title(case: _Json) -> str:
     """A case, for people."""
-    unit, batch = "row" if result["benchmark"] == "compat" else "pair", case["batch"]
+    unit, batch = "pair" if case["preset"] in PRESETS else "row", case["batch"]
     return f"{case['preset']}, {case['precision']}, {batch} {unit}{'s' if batch > 1 else ''}"
 
 
@@ -106,7 +108,7 @@ def caption(result: _Json, source: str) -> str:
 def _left_out(result: _Json) -> list[str]:
     reasons = [f"{name} ({reason})" for name, reason in result["left_out"].items()]
     for case in result["cases"]:
-        reasons += [f"{name} of {title(result, case)} ({reason})" for name, reason in case["left_out"].items()]
+        reasons += [f"{name} of {title(case)} ({reason})" for name, reason in case["left_out"].items()]
     return reasons
 
 
@@ -144,7 +146,7 @@ def _ratio(name: str) -> _Cell:
 
 
 def _throughput(row: _Row) -> str:
-    return number(2e3 * row.case["batch"] / row.entry["ms"]["median"])
+    return number(1e3 * rows_of(row.case["preset"], row.case["batch"]) / row.entry["ms"]["median"])
 
 
 def _share(row: _Row) -> str:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from bench.contenders import Contender
 from bench.environments import run_helper
-from bench.presets import COMPAT, clip_ids, compat_ids
+from bench.presets import COMPAT, LARGE_PRESETS, clip_ids, compat_ids, rows_of, t5_ids
 from bench.protocol import Message
 
 _LEAST_CALLS = 5
@@ -22,7 +22,7 @@ class Case(NamedTuple):
     Attributes:
         preset: A family, or a model of `compat`.
         precision: One of `PRECISIONS`.
-        batch: Guidance pairs at once; for a model of `compat` rows.
+        batch: Guidance pairs at once; of FLUX prompts, for a model of `compat` rows.
     """
 
     preset: str
@@ -35,7 +35,12 @@ class Case(NamedTuple):
     @property
     def ids(self) -> list[list[int]]:
         """Token ids; of guidance pairs the unconditional rows come first."""
-        return compat_ids(self.preset) if self.preset in COMPAT else clip_ids(2 * self.batch)
+        return compat_ids(self.preset) if self.preset in COMPAT else clip_ids(rows_of(self.preset, self.batch))
+
+    @property
+    def t5_ids(self) -> list[list[int]] | None:
+        """Token ids of T5, where there is one beside CLIP."""
+        return t5_ids(self.batch) if self.preset in LARGE_PRESETS else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +74,7 @@ class Workshop:
         return {
             **case._asdict(),
             "ids": case.ids,
+            "t5_ids": case.t5_ids,
             "checkpoint": str(self.checkpoint(case.preset)),
             "file": str(self._exported(contender, case)) if contender.export else None,
             "output": str(self.scratch / "output.npz"),

@@ -21,11 +21,12 @@ from clip_jax.embed import Params, Skips, check_finite, check_tokens, embed, lay
 from clip_jax.errors import ClipJaxError
 from clip_jax.families import Family
 from clip_jax.frozen import FrozenPrograms
+from clip_jax.handover import Handover, pays, renewed
 from clip_jax.models import Attention, intercepted
 from clip_jax.params.cast import float_dtype
 from clip_jax.params.checkpoint import CheckpointMetadata, write_checkpoint
 from clip_jax.params.quantize import scheme_of, stored_parts
-from clip_jax.params.shard import auto_axes, is_on, sharded_rows
+from clip_jax.params.shard import auto_axes, is_on, placed
 from clip_jax.params.snapshot import settled
 from clip_jax.params.staging import path_of
 from clip_jax.program import PLATFORMS, export_programs
@@ -54,7 +55,7 @@ class TextEncoder:
         cache: Embeddings of prompts that were encoded before; None if there is none.
     """
 
-    _cuts = True  # ids after the end of the text, where they do not count; programs for ids of one length do not
+    _exported = False  # what was exported takes ids of one length, and params as they are
 
     def __init__(
         self,
@@ -76,6 +77,7 @@ class TextEncoder:
         self.batch_sharding = batch_sharding
         self.cache = EmbeddingCache(cache_bytes) if cache_bytes else None
         self._frozen: FrozenPrograms | None = None
+        self._handover: Handover | None = None
         self.params = params
 
     @property
@@ -86,6 +88,7 @@ class TextEncoder:
     @params.setter
     def params(self, params: Params) -> None:
         self._params = params = settled(params)
+        self._handover, self._packs = None, not self._exported and pays(params)
         state = self._state(params)  # lets go of frozen programs
         if self.cache is not None:  # at once, for it would hold the old ones until the next call
             self.cache.renew(params, state)
@@ -101,11 +104,11 @@ class TextEncoder:
 
     def __copy__(self) -> Self:
         copied = object.__new__(type(self))
-        copied.__dict__ |= {**self.__dict__, "_frozen": None}
+        copied.__dict__ |= {**self.__dict__, "_frozen": None, "_handover": None}
         return copied
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_frozen": None, "batch_sharding": None}  # pickled arrays arrive on one device
+        return {**self.__copy__().__dict__, "batch_sharding": None}  # pickled arrays arrive on one device
 
     @property
     def config(self) -> dict[str, TowerConfig]:
@@ -269,18 +272,17 @@ class TextEncoder:
         Raises:
             ClipJaxError: Not numbers of prompts, options that the family does not take, or nothing that can be frozen.
         """
-        sizes = checked_sizes(batch_sizes)
         if freeze and intercepted():
             raise ClipJaxError("freeze is not for nn.intercept_methods: change the params instead, and freeze those.")
         params, skips = self.params, (clip_skip_negative, clip_skip)
-        for size in sizes:
+        for size in checked_sizes(batch_sizes):
             tokens = self.tokenize(
                 [""] * size, negative_prompt, guidance=guidance, max_sequence_length=max_sequence_length
             )
             for part, part_skips in [(tokens, skips)] if self.cache is None else parts(tokens, skips):
                 if freeze:
                     self._freeze(params, part, part_skips)
-                for ids in of_every_length(part, self.family) if self._cuts and not freeze else [part]:
+                for ids in of_every_length(part, self.family) if not (self._exported or freeze) else [part]:
                     out = jax.block_until_ready(self._run(params, ids, part_skips))
                 if self.cache is not None and self.batch_sharding is None:
                     prepare(out, zeros=tokens.zero_uncond)
@@ -309,23 +311,23 @@ class TextEncoder:
             if program := frozen and frozen.find(tokens, skips):  # with the tails: one for texts of any length
                 out = program(tokens)
             else:
-                ids = without_tails(tokens, self.family) if self._cuts else tokens
-                out = self._compute(params, self._placed(params, ids), skips)
+                ids = tokens if self._exported else without_tails(tokens, self.family)
+                rows, handover = self.batch_sharding, self._handover_of(params)
+                out = handover(ids, skips) if handover else self._compute(params, placed(ids, params, rows), skips)
             if batch_of(tokens) != batch:
                 out = cut_rows(out, batch)
             if self.dtype == jnp.float16 and not is_traced(out):  # within a `jit` there is nothing to look at
                 check_finite(out)
         return out
 
-    def _placed(self, params: Params, tokens: Tokens) -> Tokens:
-        """Ids with their rows on the devices where they belong."""
-        rows = self.batch_sharding
-        if rows is not None and is_on(params, rows.mesh):
-            tokens = jax.tree.map(lambda ids: sharded_rows(ids, rows), tokens)
-        return tokens
+    def _handover_of(self, params: Params) -> Handover | None:
+        """How params reach the program, where that is not as they are."""
+        if not self._packs or self.batch_sharding is not None or intercepted() or jax.config.jax_disable_jit:
+            return None
+        self._handover = handover = renewed(self._handover, params, self.family, self.dtype, self.attention)
+        return handover
 
     def _compute(self, params: Params, tokens: Tokens, skips: Skips) -> TextEmbeddings:
-        """The one program."""
         return embed(params, tokens, self.family, self.dtype, skips, self.attention)
 
     def _state(self, params: Params) -> list[object]:

@@ -29,7 +29,7 @@ class ExportedTextEncoder(TextEncoder):
 
     programs: Programs
 
-    _cuts = False
+    _exported = True
 
     def _compute(self, params: Params, tokens: Tokens, skips: Skips) -> TextEmbeddings:
         if intercepted():

@@ -32,9 +32,14 @@ def start(case: Message) -> Model:
     jax.block_until_ready(encoder.params)
     load_s = time.perf_counter() - begin
 
-    uncond, cond = (jax.device_put(rows) for rows in np.split(np.asarray(case["ids"], np.int32), 2))
-    names = [tower.name for tower in encoder.family.towers]
-    tokens = clip_jax.Tokens(cond=dict.fromkeys(names, cond), uncond=dict.fromkeys(names, uncond))
+    ids = np.asarray(case["ids"], np.int32)
+    if case["t5_ids"]:
+        # Without negatives; and on the host, where the length of CLIP's text is looked at.
+        tokens = clip_jax.Tokens(cond={"clip_l": ids, "t5": np.asarray(case["t5_ids"], np.int32)})
+    else:
+        uncond, cond = (jax.device_put(rows) for rows in np.split(ids, 2))
+        names = [tower.name for tower in encoder.family.towers]
+        tokens = clip_jax.Tokens(cond=dict.fromkeys(names, cond), uncond=dict.fromkeys(names, uncond))
 
     @functools.cache
     def freeze() -> None:  # a part of the first call, as compiling is for the others

@@ -18,26 +18,26 @@ def start(case: Message) -> Model:
     from bench.workers.towers import Towers
 
     cuda = torch.cuda.is_available()
-    device = torch.device("cuda" if cuda else "cpu")
+    device, platform = torch.device("cuda" if cuda else "cpu"), "gpu" if cuda else "cpu"
+    mode = case["options"]["modes"].get(platform)
 
     begin = time.perf_counter()
     towers = Towers(Path(case["checkpoint"]) / "diffusers", getattr(torch, case["precision"])).to(device)
     load_s = time.perf_counter() - begin
-    ids = torch.tensor(case["ids"], device=device)
-    run = towers
-    if case["options"]["compiled"]:
-        # On a GPU max-autotune means CUDA graphs too; on a CPU it would mean minutes of trying for nothing.
-        run = torch.compile(towers, mode="max-autotune" if cuda else "default", fullgraph=True)
+    ids = [torch.tensor(rows, device=device) for rows in (case["ids"], case["t5_ids"]) if rows]
+    # On a GPU reduce-overhead and max-autotune mean CUDA graphs; on a CPU the latter would mean minutes of trying for
+    # nothing.
+    run = towers if mode is None else torch.compile(towers, mode=mode, fullgraph=True)
 
     @functools.cache
     def install_hooks() -> None:  # a part of the first call, as compiling is
-        if case["options"]["compiled"]:
-            towers(ids)  # transformers installs its hooks for hidden states by this, in a way that cannot be compiled
+        if mode is not None:
+            towers(*ids)  # transformers installs its hooks for hidden states by this, in a way that cannot be compiled
 
     @torch.inference_mode()
     def call() -> tuple[torch.Tensor, ...]:
         install_hooks()
-        outputs = run(ids)
+        outputs = run(*ids)
         if cuda:
             torch.cuda.synchronize()
         return outputs
@@ -47,7 +47,7 @@ def start(case: Message) -> Model:
         return {name: x.float().cpu().numpy() for name, x in zip(names, outputs, strict=True)}
 
     about = {
-        "platform": "gpu" if cuda else "cpu",
+        "platform": platform,
         "device": torch.cuda.get_device_name() if cuda else cpu_model(),
         "threads": torch.get_num_threads(),
         "attention": towers.towers[0].config._attn_implementation,

@@ -26,6 +26,7 @@ from clip_jax.errors import ClipJaxError
 from clip_jax.params.cast import float_dtype, param_dtype
 from clip_jax.params.quantize import owner_of
 from clip_jax.params.shapes import TensorSpec, param_axes, param_shapes
+from clip_jax.structs import Tokens
 
 #: (logical axis, mesh axis or several or None), the most important first.
 Rules = Sequence[tuple[str, str | Sequence[str] | None]]
@@ -154,11 +155,16 @@ def sharded_array(shape: tuple[int, ...], sharding: Sharding, read: Callable[[In
     return jax.make_array_from_callback(shape, sharding, part)
 
 
-def sharded_rows(ids: np.ndarray | jax.Array, sharding: NamedSharding) -> np.ndarray | jax.Array:
-    """Token ids [B, L] with their rows where `sharding` says; as they are where B does not divide."""
-    if len(ids) % math.prod(sharding.mesh.shape[axis] for axis in _names(sharding.spec[0])):
-        return ids
-    return sharded_array(ids.shape, sharding, np.array(ids).__getitem__)
+def placed(tokens: Tokens, params: Mapping[str, object], sharding: NamedSharding | None) -> Tokens:
+    """Token ids [B, L] with their rows where `sharding` says; as they are where B does not divide, or params left."""
+    if sharding is None or not is_on(params, sharding.mesh):
+        return tokens
+    devices = math.prod(sharding.mesh.shape[axis] for axis in _names(sharding.spec[0]))
+
+    def place(ids: np.ndarray | jax.Array) -> np.ndarray | jax.Array:
+        return ids if len(ids) % devices else sharded_array(ids.shape, sharding, np.array(ids).__getitem__)
+
+    return jax.tree.map(place, tokens)
 
 
 def _spec(

@@ -7,7 +7,7 @@ import pytest
 
 from bench.contenders import CONTENDERS, ENVIRONMENTS
 from bench.environments import missing, parse_pythons, run_helper, unfit
-from bench.presets import COMPAT, PRECISIONS, PRESETS, compat_ids
+from bench.presets import COMPAT, LARGE_PRESETS, PRECISIONS, PRESETS, compat_ids
 from bench.protocol import WorkerError
 from tests.bench.fakes import PYTHONS, contender
 
@@ -15,7 +15,7 @@ ALL = [one for group in CONTENDERS.values() for one in group]
 
 
 def test_ours_come_first_and_take_part_in_everything():
-    for benchmark, presets in (("encode", PRESETS), ("compat", tuple(COMPAT))):
+    for benchmark, presets in (("encode", (*PRESETS, *LARGE_PRESETS)), ("compat", tuple(COMPAT))):
         first = CONTENDERS[benchmark][0]
         assert first.presets == presets
         assert first.platforms == ("cpu", "gpu", "tpu")
@@ -35,7 +35,7 @@ def test_an_entry_names_what_there_is(one):
     assert all(find_spec(module) for module in modules)
     assert one.environment in ENVIRONMENTS
     assert set(one.precisions) <= set(PRECISIONS)
-    assert set(one.presets) <= {*PRESETS, *COMPAT}
+    assert set(one.presets) <= {*PRESETS, *LARGE_PRESETS, *COMPAT}
     assert one.packages
 
 

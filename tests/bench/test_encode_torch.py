@@ -21,15 +21,15 @@ def calls(monkeypatch):
         def to(self, device):
             return self
 
-        def __call__(self, ids):
-            seen.append("eager")
+        def __call__(self, *ids):
+            seen.append(f"eager, {len(ids)}")
 
     torch = types.SimpleNamespace(
         cuda=types.SimpleNamespace(is_available=lambda: False),
         device=str,
         float32="float32",
         tensor=lambda ids, device: ids,
-        compile=lambda model, **_: lambda ids: seen.append("compiled"),
+        compile=lambda model, mode, **_: lambda *ids: seen.append(f"{mode}, {len(ids)}"),
         inference_mode=lambda: lambda function: function,
         get_num_threads=lambda: 1,
     )
@@ -40,15 +40,21 @@ def calls(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("compiled", "expected"), [(True, ["eager", "compiled", "compiled"]), (False, ["eager", "eager"])]
+    ("modes", "t5_ids", "expected"),
+    [
+        ({"cpu": "default", "gpu": "reduce-overhead"}, None, ["eager, 1", "default, 1", "default, 1"]),
+        ({"cpu": "default"}, [[2]], ["eager, 2", "default, 2", "default, 2"]),
+        ({"gpu": "max-autotune"}, None, ["eager, 1", "eager, 1"]),
+    ],
 )
-def test_what_compiling_needs_is_a_part_of_the_first_call(calls, compiled, expected):
+def test_what_compiling_needs_is_a_part_of_the_first_call(calls, modes, t5_ids, expected):
     case = {
         "preset": "sd15",
         "precision": "float32",
         "checkpoint": "folder",
         "ids": [[1]],
-        "options": {"compiled": compiled},
+        "t5_ids": t5_ids,
+        "options": {"modes": modes},
     }
     model = encode_torch.start(case)
     assert calls == []

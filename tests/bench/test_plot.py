@@ -19,12 +19,13 @@ def test_a_picture_beside_the_result(cases, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("benchmark", "batch", "expected"),
+    ("preset", "batch", "expected"),
     [
-        ("encode", 8, "sd15, float32, 8 pairs"),
-        ("cold", 1, "sd15, float32, 1 pair"),
-        ("compat", 1, "sd15, float32, 1 row"),
+        ("sd15", 8, "sd15, float32, 8 pairs"),
+        ("sdxl", 1, "sdxl, float32, 1 pair"),
+        ("flux", 1, "flux, float32, 1 row"),
+        ("clip_l", 1, "clip_l, float32, 1 row"),
     ],
 )
-def test_titles_say_what_a_batch_is_of(benchmark, batch, expected):
-    assert title({"benchmark": benchmark}, {**RESULT["cases"][0], "batch": batch}) == expected
+def test_titles_say_what_a_batch_is_of(preset, batch, expected):
+    assert title({**RESULT["cases"][0], "preset": preset, "batch": batch}) == expected

@@ -1,0 +1,140 @@
+"""Params as few arguments: what the program of an accelerator is called with.
+
+JAX looks at each argument of every call, and a text encoder has hundreds of parameters, most of them norms and biases.
+Where the computation itself takes less than a millisecond that is a good part of it. So the small ones lie side by side
+in one array for each dtype, and the program takes them apart; the large ones are handed over as they are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import SingleDeviceSharding
+
+from clip_jax.embed import Params, Skips, embed
+from clip_jax.families import Family
+from clip_jax.models import Attention
+from clip_jax.params.snapshot import Snapshot
+from clip_jax.structs import TextEmbeddings, Tokens, is_traced
+
+#: Elements. Norms and biases have less, and copies of them weigh nothing; kernels and embeddings have more.
+_SMALL = 2**15
+
+
+class Packed(NamedTuple):
+    """Params as arguments: the small ones joined, by the name of their dtype, and the large ones."""
+
+    joined: dict[str, jax.Array]
+    large: list[Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Where params are in a `Packed`.
+
+    Attributes:
+        tree: Of the params.
+        places: For each leaf its dtype and shape where it is small; None where it is among the large ones.
+    """
+
+    tree: Any
+    places: tuple[tuple[str, tuple[int, ...]] | None, ...]
+
+    def unpacked(self, packed: Packed) -> Params:
+        """The params again; to be traced."""
+        large, begins = iter(packed.large), dict.fromkeys(packed.joined, 0)
+        leaves = []
+        for place in self.places:
+            if place is None:
+                leaves.append(next(large))
+                continue
+            dtype, shape = place
+            begin, end = begins[dtype], begins[dtype] + math.prod(shape)
+            leaves.append(jax.lax.slice(packed.joined[dtype], (begin,), (end,)).reshape(shape))
+            begins[dtype] = end
+        params: Params = jax.tree.unflatten(self.tree, leaves)
+        return params
+
+
+def pack(params: Params) -> tuple[Packed, Layout]:
+    """Params on one device as few arguments there, and how they are to be unpacked."""
+    leaves, tree = jax.tree.flatten(params)
+    places = tuple(
+        (leaf.dtype.name, leaf.shape) if isinstance(leaf, jax.Array) and leaf.size <= _SMALL else None
+        for leaf in leaves
+    )
+    small: dict[str, list[jax.Array]] = {}
+    for place, leaf in zip(places, leaves, strict=True):
+        if place is not None:
+            small.setdefault(place[0], []).append(leaf)
+    large = [leaf for place, leaf in zip(places, leaves, strict=True) if place is None]
+    return Packed({dtype: _joined(members) for dtype, members in small.items()}, large), Layout(tree, places)
+
+
+@jax.transfer_guard("allow")
+def _joined(arrays: list[jax.Array]) -> jax.Array:
+    """Side by side, by way of the host: nothing is compiled for it."""
+    values = np.concatenate([value.reshape(-1) for value in jax.device_get(arrays)])
+    (device,) = arrays[0].devices()
+    if any(array.committed for array in arrays):
+        return jax.device_put(values, SingleDeviceSharding(device))
+    with jax.default_device(device):
+        return jnp.asarray(values)
+
+
+class Handover:
+    """Params as an encoder hands them to its programs, one for each choice of layers.
+
+    Attributes:
+        others: What else the programs are made for: a family, a dtype, and what computes attention.
+    """
+
+    def __init__(self, params: Params, *others: Any) -> None:
+        self.others = others
+        self._snapshot = Snapshot(params)
+        self._packed, self._layout = pack(params)
+        self._programs: dict[Skips, Callable[[Packed, Tokens], TextEmbeddings]] = {}
+
+    def is_of(self, params: Params, *others: Any) -> bool:
+        """Whether params, and what else there is, are still those."""
+        return self.others == others and self._snapshot.is_of(params)
+
+    def __call__(self, tokens: Tokens, skips: Skips) -> TextEmbeddings:
+        """Runs the program."""
+        if skips not in self._programs:
+            self._programs[skips] = program(self._layout, *self.others, skips)
+        return self._programs[skips](self._packed, tokens)
+
+
+def renewed(handover: Handover | None, params: Params, *others: Any) -> Handover:
+    """The same if it is still of these params; otherwise one that is."""
+    return handover if handover is not None and handover.is_of(params, *others) else Handover(params, *others)
+
+
+@functools.lru_cache(maxsize=64)
+def program(
+    layout: Layout, family: Family, dtype: np.dtype, attention: Attention, skips: Skips
+) -> Callable[[Packed, Tokens], TextEmbeddings]:
+    """`embed` on packed params, jitted; the same for all encoders whose params are laid out alike."""
+
+    @jax.jit
+    def text_embeddings(packed: Packed, tokens: Tokens) -> TextEmbeddings:
+        return embed(layout.unpacked(packed), tokens, family, dtype, skips, attention)
+
+    run: Callable[[Packed, Tokens], TextEmbeddings] = text_embeddings
+    return run
+
+
+def pays(params: Params) -> bool:
+    """Whether params are on one device that is no CPU: there the same call takes tens of milliseconds."""
+    if is_traced(params):
+        return False
+    devices = {device for leaf in jax.tree.leaves(params) if isinstance(leaf, jax.Array) for device in leaf.devices()}
+    return len(devices) == 1 and all(device.platform != "cpu" for device in devices)
