@@ -54,46 +54,53 @@ def main(argv: Sequence[str] | None = None) -> None:
             device = json.loads(run_helper(pythons["clip_jax"], "bench.workers.about"))
             shop = Workshop(pythons, device["platform"], device["name"], scratch.absolute(), args.repeats)
             for benchmark in args.benchmarks or BENCHMARKS:
-                _write(run(benchmark, args, shop), args.out / f"{benchmark}-{_slug(device)}.json")
+                out = args.out / f"{benchmark}-{_slug(device)}.json"
+                out.parent.mkdir(parents=True, exist_ok=True)
+                _tell(run(benchmark, args, shop, out), out)
     except WorkerError as error:
         sys.exit(f"bench: {error}")
 
 
-def run(benchmark: str, args: argparse.Namespace, shop: Workshop) -> dict[str, Any]:
-    """One benchmark, and what a reader must know to judge it."""
+def run(benchmark: str, args: argparse.Namespace, shop: Workshop, out: Path) -> dict[str, Any]:
+    """One benchmark, and what a reader must know to judge it; written to `out`, of the long ones after each case too."""
     begun = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     extra: dict[str, Any] = {}
+
+    def write(found: Mapping[str, Any]) -> dict[str, Any]:
+        for case in found["cases"]:
+            if extra:
+                _add_least(case, contenders[0].name, extra["ceilings"])
+        result = {
+            "schema": SCHEMA,
+            "benchmark": benchmark,
+            "platform": shop.platform,
+            "date": begun,
+            **git_state(),
+            "host": host_facts(),
+            "settings": {
+                "weights": "random, the same in all",
+                "repeats": shop.repeats,
+                "warmup": WARMUP,
+                "pause_s": PAUSE_S,
+            },
+            **extra,
+            **found,
+        }
+        out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        return result
+
     if benchmark == "cold":
-        found = run_cold(shop)
-    elif benchmark == "cache":
-        found = run_cache(shop, args.presets)
-    else:
-        ours, *peers = CONTENDERS[benchmark]
-        contenders = [ours, *(one for one in peers if args.contenders is None or one.name in args.contenders)]
-        cases = _cases(benchmark, args)
-        if benchmark == "encode":
-            pairs = dict.fromkeys(f"{case.preset}:{case.batch}" for case in cases)
-            extra["ceilings"] = json.loads(run_helper(shop.pythons["clip_jax"], "bench.ceilings", *pairs))
-        found = run_cases(contenders, cases, shop)
-        if benchmark == "encode":
-            for case in found["cases"]:
-                _add_least(case, ours.name, extra["ceilings"])
-    return {
-        "schema": SCHEMA,
-        "benchmark": benchmark,
-        "platform": shop.platform,
-        "date": begun,
-        **git_state(),
-        "host": host_facts(),
-        "settings": {
-            "weights": "random, the same in all",
-            "repeats": shop.repeats,
-            "warmup": WARMUP,
-            "pause_s": PAUSE_S,
-        },
-        **extra,
-        **found,
-    }
+        return write(run_cold(shop))
+    if benchmark == "cache":
+        return write(run_cache(shop, args.presets))
+    ours, *peers = CONTENDERS[benchmark]
+    contenders = [ours, *(one for one in peers if args.contenders is None or one.name in args.contenders)]
+    cases = _cases(benchmark, args)
+    if benchmark == "encode":
+        pairs = dict.fromkeys(f"{case.preset}:{case.batch}" for case in cases)
+        options = (*pairs, "--precisions", *args.precisions)
+        extra["ceilings"] = json.loads(run_helper(shop.pythons["clip_jax"], "bench.ceilings", *options))
+    return write(run_cases(contenders, cases, shop, write))
 
 
 def _cases(benchmark: str, args: argparse.Namespace) -> list[Case]:
@@ -113,9 +120,7 @@ def _add_least(case: dict[str, Any], ours: str, ceilings: Mapping[str, Any]) -> 
         )
 
 
-def _write(result: Mapping[str, Any], out: Path) -> None:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+def _tell(result: Mapping[str, Any], out: Path) -> None:
     for case in result["cases"]:
         tell_noise(case["other_cores"], f"{case['preset']} {case['precision']}")
     print(f"Wrote {out}. Show it with: python -m bench.report {out}")

@@ -67,14 +67,22 @@ class Worker:
         name: For error messages.
     """
 
-    def __init__(self, name: str, command: Sequence[str], *, timeout: float = 900.0) -> None:
+    def __init__(
+        self, name: str, command: Sequence[str], *, timeout: float = 900.0, env: Mapping[str, str] | None = None
+    ) -> None:
         """Starts `command` in the root of the repository; no reply within `timeout` seconds is an error."""
         self.name = name
         self._timeout = timeout
         # A file, not a pipe: it is read only if something goes wrong, and a full pipe would block the worker.
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 (closed by __exit__)
         self._process = subprocess.Popen(
-            command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._stderr, text=True
+            command,
+            cwd=ROOT,
+            env={**os.environ, **(env or {})},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._stderr,
+            text=True,
         )
 
     @property

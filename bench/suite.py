@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,16 @@ from bench.workshop import Case, Workshop
 Arrays = Mapping[str, np.ndarray]
 
 
-def run_cases(contenders: Sequence[Contender], cases: Sequence[Case], shop: Workshop) -> dict[str, Any]:
+def run_cases(
+    contenders: Sequence[Contender],
+    cases: Sequence[Case],
+    shop: Workshop,
+    after_each: Callable[[dict[str, Any]], object] | None = None,
+) -> dict[str, Any]:
     """All cases, and what the contenders say about themselves; the first contender is ours, and can do all of them.
 
-    Who takes no part is in `left_out` with the reason: here of all cases, in a case of that.
+    Who takes no part is in `left_out` with the reason: here of all cases, in a case of that. `after_each` gets what
+    there is after each case, which then is not lost if a later one ends it all.
 
     Raises:
         WorkerError: Ours cannot run at all, or died while it was timed.
@@ -46,7 +52,8 @@ def run_cases(contenders: Sequence[Contender], cases: Sequence[Case], shop: Work
         for case in cases
     }
     references: dict[tuple[str, int], Arrays] = {}
-    found = []
+    abouts: dict[str, Message] = {}
+    found: dict[str, Any] = {"contenders": {}, "left_out": left_out, "cases": []}
     peers = sum(not one.ours for group in groups.values() for one in group)
     with tqdm(total=peers, unit="peer", disable=None, leave=False) as bar:
         for case, group in groups.items():
@@ -54,10 +61,13 @@ def run_cases(contenders: Sequence[Contender], cases: Sequence[Case], shop: Work
             if key not in references:
                 bar.set_description(f"{case}: weights and reference")
                 references[key] = _reference(first, case, shop)
-            found.append(run_case(group, case, references[key], shop, bar))
-    abouts = {name: entry.pop("about") for case in found for name, entry in case["contenders"].items()}
-    named = {one.name: abouts[one.name] for one in contenders if one.name in abouts}
-    return {"contenders": named, "left_out": left_out, "cases": found}
+            result = run_case(group, case, references[key], shop, bar)
+            abouts |= {name: entry.pop("about") for name, entry in result["contenders"].items()}
+            found["contenders"] = {one.name: abouts[one.name] for one in contenders if one.name in abouts}
+            found["cases"].append(result)
+            if after_each:
+                after_each(found)
+    return found
 
 
 def run_case(
@@ -160,9 +170,10 @@ class _Run:
 
 
 def _reference(ours: Contender, case: Case, shop: Workshop) -> Arrays:
-    """What ours computes in float32."""
+    """What ours computes in float32, on the CPU."""
     request = shop.request(ours, case._replace(precision="float32"))
-    with Worker(ours.name, (shop.pythons[ours.environment], "-m", ours.worker)) as worker:
+    command = (shop.pythons[ours.environment], "-m", ours.worker)
+    with Worker(ours.name, command, env={"JAX_PLATFORMS": "cpu"}) as worker:
         worker.start(request)
     return _read(request)
 

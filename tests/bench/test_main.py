@@ -35,8 +35,13 @@ def found(**changes):
 def test_it_writes_what_the_report_reads(machine, monkeypatch, tmp_path, capsys):
     asked = {}
 
-    def run_cases(contenders, cases, shop):
+    out = tmp_path / "new" / "encode-nvidia-h200-sxm.json"
+
+    def run_cases(contenders, cases, shop, after_each):
         asked.update(names=[one.name for one in contenders], cases=list(map(str, cases)), shop=shop)
+        after_each(found())
+        assert json.loads(out.read_text())["cases"]
+        out.unlink()
         return found()
 
     monkeypatch.setattr(command, "run_cases", run_cases)
@@ -48,9 +53,8 @@ def test_it_writes_what_the_report_reads(machine, monkeypatch, tmp_path, capsys)
     assert asked["cases"] == [*product, "sd21 float32 x4", "sd21 int8 x4"]
     assert (asked["shop"].platform, asked["shop"].repeats) == ("gpu", 3)
     assert not asked["shop"].scratch.exists()  # a temporary folder
-    assert machine[-1] == ("bench.ceilings", "sd15:1", "sd15:8", "sd21:4")
+    assert machine[-1] == ("bench.ceilings", "sd15:1", "sd15:8", "sd21:4", "--precisions", "float32", "int8")
 
-    out = tmp_path / "new" / "encode-nvidia-h200-sxm.json"
     result = json.loads(out.read_text())
     assert report.tables(result, out.name)[0].marker == "bench:encode:gpu"
     assert result["cases"][0]["flops"] == 4e10
