@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run(benchmark: str, args: argparse.Namespace, shop: Workshop, out: Path) -> dict[str, Any]:
-    """One benchmark, and what a reader must know to judge it; written to `out`, of the long ones after each case too."""
+    """One benchmark, and what a reader must know to judge it; written to `out`, of some after each case too."""
     begun = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     extra: dict[str, Any] = {}
 
