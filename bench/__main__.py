@@ -11,7 +11,6 @@ import contextlib
 import datetime
 import itertools
 import json
-import re
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -22,7 +21,7 @@ from bench.cached import run_cache
 from bench.cold import run_cold
 from bench.contenders import CONTENDERS, ENVIRONMENTS
 from bench.environments import parse_pythons, run_helper
-from bench.host import ROOT, cores, git_state, host_facts, tell_noise
+from bench.host import ROOT, git_state, host_facts, slug, tell_noise
 from bench.interleave import PAUSE_S, WARMUP
 from bench.presets import COMPAT, LARGE_PRESETS, PRECISIONS, PRESETS
 from bench.protocol import WorkerError
@@ -54,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             device = json.loads(run_helper(pythons["clip_jax"], "bench.workers.about"))
             shop = Workshop(pythons, device["platform"], device["name"], scratch.absolute(), args.repeats)
             for benchmark in args.benchmarks or BENCHMARKS:
-                out = args.out / f"{benchmark}-{_slug(device)}.json"
+                out = args.out / f"{benchmark}-{slug(device)}.json"
                 out.parent.mkdir(parents=True, exist_ok=True)
                 _tell(run(benchmark, args, shop, out), out)
     except WorkerError as error:
@@ -124,12 +123,6 @@ def _tell(result: Mapping[str, Any], out: Path) -> None:
     for case in result["cases"]:
         tell_noise(case["other_cores"], f"{case['preset']} {case['precision']}")
     print(f"Wrote {out}. Show it with: python -m bench.report {out}")
-
-
-def _slug(device: Mapping[str, str]) -> str:
-    if device["platform"] == "cpu":
-        return f"cpu-{cores()}-cores"
-    return re.sub(r"[^a-z0-9]+", "-", device["name"].lower()).strip("-")
 
 
 def _preset_and_pairs(text: str) -> tuple[str, int]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 
@@ -28,6 +29,13 @@ def cpu_model() -> str:
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
     return platform.machine()
+
+
+def slug(device: Mapping[str, str]) -> str:
+    """How files with the results of a device are called: of its `platform` and `name`."""
+    if device["platform"] == "cpu":
+        return f"cpu-{cores()}-cores"
+    return re.sub(r"[^a-z0-9]+", "-", device["name"].lower()).strip("-")
 
 
 def busy_seconds() -> float:

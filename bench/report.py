@@ -2,8 +2,8 @@
 
 A result with `cases` is one of `python -m bench`, one with `peaks` of `bench.memory`, one with `formats` of
 `bench.formats`, one with `flops` of `bench.flops`, one with `quantized` of `bench.quantize`, one with `scan` of
-`bench.scan`, one with `kernels` of `bench.kernels`, and one with `errors` is what `pytest tests/parity --write-errors`
-writes.
+`bench.scan`, one with `kernels` of `bench.kernels`, one with `profile` of `bench.profile`, and one with `errors` is
+what `pytest tests/parity --write-errors` writes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from bench import summary, timings
 from bench.host import ROOT
-from bench.timings import SCHEMA, listed, number
+from bench.timings import SCHEMA, listed, number, when
 
 
 class ReportError(Exception):
@@ -52,13 +52,19 @@ def tables(result: Mapping[str, Any], source: str) -> list[Table]:
         return _tables_of_times(result, source)
     key = next(key for key in _KINDS if key in result)
     marker, document, render = _KINDS[key]
-    return [Table(marker, document, render(result, source))]
+    return [Table(f"{marker}{_of_accelerator(result)}", document, render(result, source))]
+
+
+def _of_accelerator(result: Mapping[str, Any]) -> str:
+    """What the markers of an accelerator's tables end with."""
+    platform = result.get("platform", "cpu")
+    return "" if platform == "cpu" else f":{platform}"
 
 
 def _tables_of_times(result: Mapping[str, Any], source: str) -> list[Table]:
     if result.get("schema") != SCHEMA:
         raise ReportError(f"{source} has schema {result.get('schema')!r}; expected {SCHEMA}.")
-    accelerator = "" if result["platform"] == "cpu" else f":{result['platform']}"
+    accelerator = _of_accelerator(result)
     whole = f"{_table(timings.rows(result))}\n\n{timings.caption(result, source)}"
     tables = [Table(f"bench:{result['benchmark']}{accelerator}", _DOCUMENTS[result["benchmark"]], whole)]
     if result["benchmark"] == "encode":
@@ -186,6 +192,24 @@ def _render_kernels(result: Mapping[str, Any], source: str) -> str:
     )
 
 
+def _render_profile(result: Mapping[str, Any], source: str) -> str:
+    kinds = list(result["profile"][0]["profiled_ms"])
+    header = ["preset", "program", "ms", "in the profile", *kinds]
+    rows = [header, ["---", "---", *["---:"] * len(header[2:])]]
+    for case in result["profile"]:
+        ms, profiled = case["ms"], case["profiled_ms"]
+        spread = f"{number(ms['median'])} ({number(ms['q1'])} to {number(ms['q3'])})"
+        parts = [number(profiled[kind]) for kind in kinds]
+        rows.append([case["preset"], case["program"], spread, number(sum(profiled.values())), *parts])
+    others = max(case["other_cores"] for case in result["profile"])
+    return (
+        f"{_table(rows)}\n\nMilliseconds of a call with one prompt, and its negative where the family has guidance; "
+        f"random weights; {result['calls']} warm calls without the profiler, median (quartiles), and as many with it, "
+        f"of which the middle half by time is averaged. {result['device']}, at most {others} CPU cores taken by "
+        f"others; {listed(result['versions'])}; {when(result)}; `{source}`."
+    )
+
+
 def _table(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
@@ -245,6 +269,7 @@ _KINDS: dict[str, tuple[str, str, Callable[[Mapping[str, Any], str], str]]] = {
     "quantized": ("bench:quantize", _README, _render_quantized),
     "scan": ("bench:scan", _BENCH, _render_scan),
     "kernels": ("bench:kernels", _BENCH, _render_kernels),
+    "profile": ("bench:profile", _BENCH, _render_profile),
 }
 
 

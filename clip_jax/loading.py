@@ -30,7 +30,7 @@ from clip_jax.models import Attention, check_attention
 from clip_jax.params import cast
 from clip_jax.params import checkpoint as ckpt
 from clip_jax.params.quantize import PLAIN, Scheme, scheme_called
-from clip_jax.params.random import random_tensor
+from clip_jax.params.random import random_tensors
 from clip_jax.params.shapes import TensorSpec, param_shapes, unflatten
 from clip_jax.params.shard import (
     Placement,
@@ -135,9 +135,9 @@ class _Random:
         with byte_bar(total, "Drawing random weights", progress) as bar:
             for name, tree in specs.items():
                 leaves = {}
-                for path, spec in tree.items():
-                    array = random_tensor(f"{name}/{path}", spec.shape)
-                    array = array.astype(scheme.read_dtype(path, spec.dtype, dtype))
+                for path, array in random_tensors(name, {path: spec.shape for path, spec in tree.items()}):
+                    spec = tree[path]
+                    array = array.astype(scheme.read_dtype(path, spec.dtype, dtype), copy=False)
                     leaves[path] = scheme.quantize(
                         path,
                         jax.device_put(array)

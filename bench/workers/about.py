@@ -28,12 +28,12 @@ def start_jax(precision: str, *packages: str) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    """Prints what jax runs on here."""
+def device_facts() -> dict[str, str]:
+    """What jax runs on here: `platform` and `name`."""
     import jax
 
     device = jax.devices()[0]
-    print(json.dumps({"platform": device.platform, "name": _name(device)}))
+    return {"platform": device.platform, "name": _name(device)}
 
 
 def _name(device: Any) -> str:
@@ -41,4 +41,4 @@ def _name(device: Any) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    print(json.dumps(device_facts()))

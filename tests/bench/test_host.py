@@ -21,3 +21,9 @@ def test_cores_that_others_take(monkeypatch):
 def test_noise_is_told_above_the_limit(cores, told, capsys):
     host.tell_noise(cores, "a case")
     assert ("Not quiet: other processes took 0.11 cores during a case." in capsys.readouterr().err) is told
+
+
+def test_results_are_named_after_the_device(monkeypatch):
+    monkeypatch.setattr(host, "cores", lambda: 2)
+    assert host.slug({"platform": "cpu", "name": "cpu"}) == "cpu-2-cores"
+    assert host.slug({"platform": "gpu", "name": "NVIDIA H100 80GB HBM3"}) == "nvidia-h100-80gb-hbm3"

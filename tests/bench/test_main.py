@@ -74,12 +74,6 @@ def test_all_benchmarks_are_run_unless_named(machine, monkeypatch, tmp_path):
     assert (tmp_path / "kept").exists()
 
 
-def test_results_are_named_after_the_device(monkeypatch):
-    monkeypatch.setattr(command, "cores", lambda: 2)
-    assert command._slug({"platform": "cpu", "name": "cpu"}) == "cpu-2-cores"
-    assert command._slug({"platform": "gpu", "name": "NVIDIA H100 80GB HBM3"}) == "nvidia-h100-80gb-hbm3"
-
-
 def test_a_noisy_machine_is_told(machine, monkeypatch, tmp_path, capsys):
     noisy = found()
     noisy["cases"][0]["other_cores"], noisy["cases"][1]["other_cores"] = 0.1, 0.4

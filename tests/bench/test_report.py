@@ -227,6 +227,36 @@ def test_kernels_are_in_the_document_of_the_benchmarks():
     assert "compiled for a description of Some GPU, so without autotuning; nothing was run." in lines[-1]
 
 
+PROFILE = {
+    "date": "2026-01-02T03:04:05+00:00",
+    "commit": "0123456789abcdef",
+    "dirty": True,
+    "platform": "cpu",
+    "device": "Some CPU",
+    "versions": {"python": "3.14.1", "jax": "0.12.0"},
+    "calls": 20,
+    "profile": [
+        {
+            "preset": "sd15",
+            "program": "int8",
+            "other_cores": 0.02,
+            "ms": {"median": 26.04, "q1": 25.0, "q3": 1234.0},
+            "profiled_ms": {"products": 20.0, "attention": 3.5, "between": 0.125},
+        }
+    ],
+}
+
+
+def test_a_profile_tells_what_its_parts_add_up_to():
+    assert places(PROFILE) == [("bench:profile", "bench/README.md")]
+    assert places({**PROFILE, "platform": "gpu"}) == [("bench:profile:gpu", "bench/README.md")]
+    header, _, row, _, caption = render(PROFILE, "profile.json").splitlines()
+    assert header == "| preset | program | ms | in the profile | products | attention | between |"
+    assert row == "| sd15 | int8 | 26.0 (25.0 to 1,234) | 23.6 | 20.0 | 3.50 | 0.12 |"
+    assert "20 warm calls without the profiler" in caption
+    assert "2026-01-02, commit 0123456 with uncommitted changes; `profile.json`." in caption
+
+
 def test_another_schema_is_refused():
     with pytest.raises(ReportError, match=r"run\.json has schema 1; expected 4"):
         render({**RESULT, "schema": 1}, "run.json")

@@ -6,7 +6,7 @@ import pytest
 
 from clip_jax import CheckpointError, ClipJaxError
 from clip_jax.params.cast import cast, float_dtype
-from clip_jax.params.random import random_tensor
+from clip_jax.params.random import random_tensor, random_tensors
 from clip_jax.params.shapes import check_shapes, layer_groups, param_shapes
 from tests.checkpoints import TINY
 
@@ -65,3 +65,13 @@ def test_random_tensors_are_the_same_everywhere_and_different_from_each_other():
         [1, 1, 1],
         [0, 0],
     )
+
+
+@pytest.mark.parametrize("cores", [1, 2, 3, None])
+def test_a_tower_is_drawn_in_order_whatever_the_threads(cores, monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: cores)
+    shapes = {f"{i}/{leaf}": (i + 1, 3) for i in range(4) for leaf in ("kernel", "bias")}
+    found = list(random_tensors("t", shapes))
+    assert [path for path, _ in found] == list(shapes)
+    for path, array in found:
+        np.testing.assert_array_equal(array, random_tensor(f"t/{path}", shapes[path]))
