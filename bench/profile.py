@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = device_facts()
     programs = _PROGRAMS.get(device["platform"], {})
     parser = argparse.ArgumentParser(prog="python -m bench.profile", description=__doc__)
-    parser.add_argument("--presets", nargs="+", default=PRESETS, choices=(*PRESETS, *LARGE_PRESETS))
+    parser.add_argument("--presets", nargs="+", default=["sd15"], choices=(*PRESETS, *LARGE_PRESETS))
     parser.add_argument("--programs", nargs="+", default=list(programs), choices=programs, metavar="PROGRAM")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results", metavar="FOLDER")
     args = parser.parse_args(argv)
