@@ -42,6 +42,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for what, given, known in (("benchmark", args.benchmarks, BENCHMARKS), ("contender", args.contenders, names)):
         if unknown := sorted(set(given or ()) - set(known)):
             sys.exit(f"bench: there is no {what} {', '.join(unknown)}; known are {', '.join(sorted(known))}.")
+    if "cache" in (args.benchmarks or BENCHMARKS) and set(args.presets) & set(LARGE_PRESETS):
+        sys.exit(f"bench: cache is of pairs, and {', '.join(LARGE_PRESETS)} has none; name the benchmark: encode.")
     try:
         pythons = parse_pythons(args.python)
     except ValueError as error:
@@ -68,7 +70,7 @@ def run(benchmark: str, args: argparse.Namespace, shop: Workshop, out: Path) -> 
     def write(found: Mapping[str, Any]) -> dict[str, Any]:
         for case in found["cases"]:
             if extra:
-                _add_least(case, contenders[0].name, extra["ceilings"])
+                _add_least(case, CONTENDERS[benchmark][0].name, extra["ceilings"])
         result = {
             "schema": SCHEMA,
             "benchmark": benchmark,
@@ -92,8 +94,8 @@ def run(benchmark: str, args: argparse.Namespace, shop: Workshop, out: Path) -> 
         return write(run_cold(shop))
     if benchmark == "cache":
         return write(run_cache(shop, args.presets))
-    ours, *peers = CONTENDERS[benchmark]
-    contenders = [ours, *(one for one in peers if args.contenders is None or one.name in args.contenders)]
+    ours, *others = CONTENDERS[benchmark]
+    contenders = [ours, *(one for one in others if args.contenders is None or one.name in args.contenders)]
     cases = _cases(benchmark, args)
     if benchmark == "encode":
         pairs = dict.fromkeys(f"{case.preset}:{case.batch}" for case in cases)
@@ -154,7 +156,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--also", nargs="+", type=_preset_and_pairs, default=[], metavar="PRESET:PAIRS", help="more cases of encode"
     )
-    parser.add_argument("--contenders", nargs="+", metavar="NAME", help="peers to time; default: all")
+    parser.add_argument("--contenders", nargs="+", metavar="NAME", help="those to time beside clip_jax; default: all")
     parser.add_argument(
         "--repeats", type=_repeats, default=15, help="timed calls of each contender per case; of larger batches fewer"
     )

@@ -28,7 +28,9 @@ from bench.presets import LARGE_PRESETS, PRESETS
 from bench.stats import summary
 from bench.workers.about import device_facts
 from clip_jax import TextEmbeddings, TextEncoder, Tokens
+from clip_jax.embed import embed
 from clip_jax.frozen import freeze
+from clip_jax.handover import pack, pays
 
 _WARMUP, _CALLS = 4, 20
 _CALL = "one call"  # what each is called in the profile
@@ -94,6 +96,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "calls": _CALLS,
         "profile": [_measure(preset, name, programs[name]) for preset, name in tqdm(cases, disable=None)],
     }
+    args.out.mkdir(parents=True, exist_ok=True)
     out = args.out / f"profile-{slug(device)}.json"
     out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     for case in result["profile"]:
@@ -125,17 +128,18 @@ def _measure(preset: str, program: str, options: Mapping[str, Any]) -> dict[str,
 
 def compiled(encoder: TextEncoder, tokens: Tokens, *, frozen: bool) -> tuple[Callable[[], object], str]:
     """A call of the encoder's program with these ids, to its end; and that program as XLA writes it down."""
+    others = encoder.family, encoder.dtype, (None, None), encoder.attention
 
     def function(params: Any, tokens: Tokens) -> TextEmbeddings:
-        return clip_jax.text_embeddings(
-            params, tokens, family=encoder.family, compute_dtype=encoder.dtype, attention=encoder.attention
-        )
+        return embed(params, tokens, *others)
 
     if frozen:
         program = freeze(function, encoder.params, tokens, encoder.dtype)
         return lambda: jax.block_until_ready(program(tokens)), program.func.as_text()
-    executable = jax.jit(function).lower(encoder.params, tokens).compile()
-    return lambda: jax.block_until_ready(executable(encoder.params, tokens)), executable.as_text()
+    given, layout = pack(encoder.params) if pays(encoder.params) else (encoder.params, None)
+    jitted = jax.jit(lambda given, tokens: function(layout.unpacked(given) if layout else given, tokens))
+    executable = jitted.lower(given, tokens).compile()
+    return lambda: jax.block_until_ready(executable(given, tokens)), executable.as_text()
 
 
 def profiled(run: Callable[[], object]) -> list[tuple[Span, list[Span]]]:

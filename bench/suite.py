@@ -32,7 +32,7 @@ def run_cases(
     """All cases, and what the contenders say about themselves; the first contender is ours, and can do all of them.
 
     Who takes no part is in `left_out` with the reason: here of all cases, in a case of that. `after_each` gets what
-    there is after each case, which then is not lost if a later one ends it all.
+    there is after each peer of a case, which then is not lost if a later one ends it all.
 
     Raises:
         WorkerError: Ours cannot run at all, or died while it was timed.
@@ -61,19 +61,20 @@ def run_cases(
             if key not in references:
                 bar.set_description(f"{case}: weights and reference")
                 references[key] = _reference(first, case, shop)
-            result = run_case(group, case, references[key], shop, bar)
-            abouts |= {name: entry.pop("about") for name, entry in result["contenders"].items()}
-            found["contenders"] = {one.name: abouts[one.name] for one in contenders if one.name in abouts}
-            found["cases"].append(result)
-            if after_each:
-                after_each(found)
+            ended = found["cases"]
+            for result in run_case(group, case, references[key], shop, bar):
+                abouts |= {name: entry.pop("about") for name, entry in result["contenders"].items()}
+                found["contenders"] = {one.name: abouts[one.name] for one in contenders if one.name in abouts}
+                found["cases"] = [*ended, result]
+                if after_each:
+                    after_each(found)
     return found
 
 
 def run_case(
     contenders: Sequence[Contender], case: Case, reference: Arrays, shop: Workshop, bar: tqdm
-) -> dict[str, Any]:
-    """Ours beside each peer. No more than one peer is in memory at a time, since models of SDXL are large.
+) -> Iterator[dict[str, Any]]:
+    """Ours beside each peer, and what is known after it. One peer at a time is in memory: models of SDXL are large.
 
     Raises:
         WorkerError: One of ours died while it was timed. Whatever else fails is left out.
@@ -100,9 +101,11 @@ def run_case(
             if dead := [worker.name for worker in seated if not worker.alive]:
                 raise WorkerError(f"{dead[0]} died beside {peer.name}")
             bar.update()
-        if seated and seated[0].name not in run.samples:
+            if run.samples:
+                yield run.result()
+        if seated and not run.samples:
             run.turns(seated)
-    return run.result()
+    yield run.result()
 
 
 class _Run:
@@ -157,15 +160,21 @@ class _Run:
                 ratios[peer.name] = pairwise_ratio(turns.ms[one.name], turns.ms[peer.name])
 
     def result(self) -> dict[str, Any]:
-        for name, entry in self.entries.items():
-            for key, samples in (("ms", self.samples[name]), ("after_pause_ms", self.after_pause[name])):
-                entry[key] = {**summary(samples), "samples": samples}
+        """Of those that have had their turns."""
+
+        def told(samples: list[float]) -> Message:
+            return {**summary(samples), "samples": [*samples]}
+
         return {
             **self.case._asdict(),
             "other_cores": self.noise,
-            "contenders": self.entries,
-            "ratios": self.ratios,
-            "left_out": self.left_out,
+            "contenders": {
+                name: {**entry, "ms": told(self.samples[name]), "after_pause_ms": told(self.after_pause[name])}
+                for name, entry in self.entries.items()
+                if name in self.samples
+            },
+            "ratios": {name: {**ratios} for name, ratios in self.ratios.items()},
+            "left_out": {**self.left_out},
         }
 
 

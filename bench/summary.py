@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from bench.timings import compared, fewer, listed, number, when, where
+from bench.timings import compared, fewer, listed, number, of_flux, when, where
 
 _Json = Mapping[str, Any]
 
@@ -42,7 +42,7 @@ def caption(result: _Json, source: str) -> str:
     return (
         "Guidance pairs of token ids to embeddings: our time, and that divided by each peer's in the same precision; "
         f"below 1 ours is faster. Medians of {result['settings']['repeats']} interleaved warm calls with each peer"
-        f"{fewer(result)}, and of their ratios; {'; '.join(facts)}. "
+        f"{fewer(result)}, and of their ratios; {'; '.join(facts)}.{of_flux(result)} "
         "Spread, errors, first calls, memory, versions of all: [bench/README.md](bench/README.md#results)."
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from bench.presets import PRESETS, rows_of
+from bench.presets import LARGE_PRESETS, PRESETS, rows_of
 
 SCHEMA = 4
 
@@ -72,6 +72,11 @@ def fewer(result: _Json) -> str:
     return " (fewer of larger batches)" if max(case["batch"] for case in result["cases"]) > 1 else ""
 
 
+def of_flux(result: _Json) -> str:
+    """What a pair is in cases of FLUX, where there are any."""
+    return " Of FLUX a prompt alone." if any(case["preset"] in LARGE_PRESETS for case in result["cases"]) else ""
+
+
 def title(case: _Json) -> str:
     """A case, for people."""
     unit, batch = "pair" if case["preset"] in PRESETS else "row", case["batch"]
@@ -89,8 +94,8 @@ def caption(result: _Json, source: str) -> str:
     ]
     settings = result["settings"]
     text = (
-        f"{_WHAT[result['benchmark']]} Weights: {settings['weights']}. {settings['repeats']} interleaved "
-        f"{_UNIT[result['benchmark']]}{fewer(result)}: "
+        f"{_WHAT[result['benchmark']]}{of_flux(result)} Weights: {settings['weights']}. "
+        f"{settings['repeats']} interleaved {_UNIT[result['benchmark']]}{fewer(result)}: "
         f"median (quartiles); ratio: median (min to max) of the pairwise ratios {_ratio_of(result)}. "
         f"{'; '.join(facts)}."
     )

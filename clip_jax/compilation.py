@@ -28,7 +28,7 @@ def enable_compilation_cache(path: str | os.PathLike[str] | None = None) -> Path
         The folder that is used, absolute; or that URL, a str.
 
     Raises:
-        ClipJaxError: The folder cannot be made or written.
+        ClipJaxError: The folder cannot be made or written, or there is none for this user.
     """
     chosen = path or jax.config.jax_compilation_cache_dir or _user_cache() / "clip_jax" / "xla"
     remote = "://" in os.fspath(chosen)
@@ -50,4 +50,9 @@ def _writable(folder: Path) -> Path:
 
 
 def _user_cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError as error:  # neither HOME nor an entry among the system's users
+        raise ClipJaxError(
+            "This user has no home folder. Name a folder for the cache, or set XDG_CACHE_HOME."
+        ) from error

@@ -101,16 +101,17 @@ def text_embeddings(
 
     skips = clip_skip_negative, clip_skip
     layers = {tower.name: layers_taken(family, tower, *skips)[-len(ids) :] for tower in family.towers}
-    outputs = {
-        tower.name: _run(
-            tower,
-            params[tower.name],
-            jnp.stack([half[tower.name] for half in ids]),
-            layers[tower.name],
-            model_of(tower.config, compute_dtype, attention),
-        )
-        for tower in family.towers
-    }
+    with jax.numpy_dtype_promotion("standard"):  # Flax' norms promote, whatever users forbid themselves
+        outputs = {
+            tower.name: _run(
+                tower,
+                params[tower.name],
+                jnp.stack([half[tower.name] for half in ids]),
+                layers[tower.name],
+                model_of(tower.config, compute_dtype, attention),
+            )
+            for tower in family.towers
+        }
     embeds, pooled = family.join(outputs, tokens.max_sequence_length or family.max_sequence_length)
 
     def rows(x: jax.Array) -> jax.Array:  # [G, B, ...] -> [GB, ...]

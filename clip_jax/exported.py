@@ -14,6 +14,7 @@ from clip_jax.errors import CheckpointError, ClipJaxError
 from clip_jax.families import stored_family
 from clip_jax.models import intercepted
 from clip_jax.params import checkpoint as ckpt
+from clip_jax.params.staging import identity, unreplaced
 from clip_jax.program import Programs, read_programs
 from clip_jax.structs import TextEmbeddings, Tokens
 from clip_jax.tokenizers import read_tokenizer
@@ -86,6 +87,7 @@ def load_exported(
     folder = expanded(path)
     if not ckpt.is_checkpoint(folder):
         raise CheckpointError(f"{folder} is not a folder written by `TextEncoder.export`.")
+    before = identity(folder)
     metadata, programs = ckpt.read_metadata(folder), read_programs(folder)
     platform = jax.default_backend()
     names = {"gpu": ("cuda", "rocm")}.get(platform, (platform,))
@@ -95,10 +97,14 @@ def load_exported(
             f"it for that with platforms=."
         )
     configs = metadata.configs
+    with unreplaced(folder, before):
+        tokenizers = {t: read_tokenizer(config, ckpt.tokenizer_folder(folder, t)) for t, config in configs.items()}
+        specs = ckpt.stored_specs(folder)
+        params = ckpt.read_params(folder, specs, None, scheme=metadata.scheme, progress=progress)
     encoder = ExportedTextEncoder(
         stored_family(metadata, folder),
-        ckpt.read_params(folder, ckpt.stored_specs(folder), None, scheme=metadata.scheme, progress=progress),
-        {tower: read_tokenizer(config, ckpt.tokenizer_folder(folder, tower)) for tower, config in configs.items()},
+        params,
+        tokenizers,
         dtype=programs.dtype,
         provenance=metadata.provenance,
         cache_bytes=cache_bytes,

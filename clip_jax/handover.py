@@ -14,17 +14,18 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 
 from clip_jax.embed import Params, Skips, embed
 from clip_jax.families import Family
 from clip_jax.models import Attention
+from clip_jax.models.quantized import is_quantized
 from clip_jax.params.snapshot import Snapshot
 from clip_jax.structs import TextEmbeddings, Tokens, is_traced
 
 #: Elements. Norms and biases have less, and copies of them weigh nothing; kernels and embeddings have more.
+#: What is quantised goes as it is: its scales are read by products, out of whose kernels XLA keeps slices.
 _SMALL = 2**15
 
 
@@ -65,7 +66,7 @@ class Layout:
 
 def pack(params: Params) -> tuple[Packed, Layout]:
     """Params on one device as few arguments there, and how they are to be unpacked."""
-    leaves, tree = jax.tree.flatten(params)
+    leaves, tree = jax.tree.flatten(params, is_leaf=is_quantized)
     places = tuple(
         (leaf.dtype.name, leaf.shape) if isinstance(leaf, jax.Array) and leaf.size <= _SMALL else None
         for leaf in leaves
@@ -79,6 +80,7 @@ def pack(params: Params) -> tuple[Packed, Layout]:
 
 
 @jax.transfer_guard("allow")
+@jax.ensure_compile_time_eval()  # within a `jit` too: what is kept must be no tracer
 def _joined(arrays: list[jax.Array]) -> jax.Array:
     """Side by side, by way of the host: nothing is compiled for it."""
     values = np.concatenate([value.reshape(-1) for value in jax.device_get(arrays)])
@@ -86,7 +88,7 @@ def _joined(arrays: list[jax.Array]) -> jax.Array:
     if any(array.committed for array in arrays):
         return jax.device_put(values, SingleDeviceSharding(device))
     with jax.default_device(device):
-        return jnp.asarray(values)
+        return jax.device_put(values)
 
 
 class Handover:
@@ -113,9 +115,11 @@ class Handover:
         return self._programs[skips](self._packed, tokens)
 
 
-def renewed(handover: Handover | None, params: Params, *others: Any) -> Handover:
-    """The same if it is still of these params; otherwise one that is."""
-    return handover if handover is not None and handover.is_of(params, *others) else Handover(params, *others)
+def renewed(handover: Handover | None, params: Params, *others: Any) -> Handover | None:
+    """The same if it is still of these params; otherwise one that is, or None where others were put in their place."""
+    if handover is not None and handover.is_of(params, *others):
+        return handover
+    return Handover(params, *others) if pays(params) else None  # they may be traced now, or lie on a mesh
 
 
 @functools.lru_cache(maxsize=64)

@@ -42,6 +42,7 @@ from clip_jax.params.shard import (
     placed_by,
     sharded_array,
 )
+from clip_jax.params.staging import identity, unreplaced
 from clip_jax.progress import byte_bar
 from clip_jax.tokenizers import ClipTokenizer, RowTokenizer, choose_tokenizers, read_tokenizer
 from clip_jax.tokenizers.stand_in import stand_in_t5_tokenizer
@@ -80,6 +81,7 @@ class _Converted:
     path: Path
     family: Family
     metadata: ckpt.CheckpointMetadata
+    identity: tuple[int, int, int] | None
 
     def tokenizer(self, tower: str) -> RowTokenizer:
         return read_tokenizer(self.family.tower(tower).config, ckpt.tokenizer_folder(self.path, tower))
@@ -101,8 +103,9 @@ class _Converted:
                 f"or quantise the checkpoint that it was made of."
             )
         scheme = scheme if stored is PLAIN else PLAIN
-        specs = self.specs()
-        return ckpt.read_params(self.path, specs, dtype, scheme=scheme, placement=placement, progress=progress)
+        with unreplaced(self.path, self.identity):
+            specs = self.specs()
+            return ckpt.read_params(self.path, specs, dtype, scheme=scheme, placement=placement, progress=progress)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -368,9 +371,10 @@ def _open(
 
 
 def _open_converted(path: Path, family: str | None, without: set[str]) -> _Converted:
+    before = identity(path)
     metadata = ckpt.read_metadata(path)
     _check_family(str(path), metadata.family, family)
-    return _Converted(path, stored_family(metadata, path, without), metadata)
+    return _Converted(path, stored_family(metadata, path, without), metadata, before)
 
 
 def _check_family(source: str, found: str, wanted: str | None) -> None:

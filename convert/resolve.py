@@ -51,6 +51,8 @@ def resolve(source: str | os.PathLike[str], access: Access, *, progress: bool | 
     path = expanded(source)
     if _exists(path):
         return Resolved(path, path.resolve().name)
+    if os.path.islink(path):
+        raise CheckpointError(f"{path} is a link to {os.readlink(path)}, which is not there.")
     if not isinstance(source, str) or not _REPO_ID.fullmatch(source):
         raise CheckpointError(f"{os.fspath(source)!r} does not exist. Expected {_EXPECTED}.")
     try:

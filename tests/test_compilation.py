@@ -8,7 +8,7 @@ import jax
 import pytest
 
 import clip_jax
-from clip_jax import text_embeddings
+from clip_jax import ClipJaxError, text_embeddings
 from clip_jax.encoder import TextEncoder
 from tests.checkpoints import write_family
 
@@ -51,6 +51,14 @@ def test_the_folder_may_be_chosen(tiny_sd15, tmp_path):
     assert run(f"{code}; {smallest}", tmp_path / "mine") == [str(tmp_path / "mine"), "-1"]  # programs of any size
     assert run(code, JAX_COMPILATION_CACHE_DIR=str(tmp_path / "set")) == [str(tmp_path / "set")]
     assert run(code, tmp_path / "mine", JAX_COMPILATION_CACHE_DIR=str(tmp_path / "set")) == [str(tmp_path / "mine")]
+
+
+def test_a_user_without_a_home_is_told(monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # as where nothing tells of a home
+    jax.config.update("jax_compilation_cache_dir", None)
+    with pytest.raises(ClipJaxError, match="This user has no home folder. Name a folder for the cache, or set XDG_"):
+        clip_jax.enable_compilation_cache()
 
 
 def test_a_remote_folder_is_left_to_jax(tmp_path):

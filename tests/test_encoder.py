@@ -213,11 +213,14 @@ def test_float16_that_overflows_is_an_error(encoder):
 
 
 @pytest.mark.parametrize("name", ["sd15", pytest.param("flux", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_it_runs_where_jax_is_told_to_be_strict(tmp_path, name, dtype):
+@pytest.mark.parametrize(
+    "options", [{}, {"dtype": "float16"}, {"dtype": "bfloat16", "quantize": "int8"}, {"param_dtype": "bfloat16"}]
+)
+def test_it_runs_where_jax_is_told_to_be_strict(tmp_path, name, options):
     folder = write_family(tmp_path / name, clip_jax.FAMILIES[name])
-    encoder = clip_jax.load(folder, family=name, dtype=dtype)
-    with jax.numpy_rank_promotion("raise"), jax.transfer_guard("disallow"):
+    encoder = clip_jax.load(folder, family=name, **options)
+    strict = jax.numpy_dtype_promotion("strict")
+    with jax.numpy_rank_promotion("raise"), strict, jax.transfer_guard("disallow"):
         with pytest.raises(Exception, match="[Dd]isallowed"):
             jax.jit(lambda x: x + 1)(np.ones(3, np.float32))
         if name == "sd15":  # FLUX has a program for every length of CLIP-L's ids

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -9,8 +10,10 @@ import numpy as np
 import pytest
 
 import clip_jax
+from clip_jax import ClipJaxError, handover
 from clip_jax import encoder as encoder_module
 from clip_jax.handover import Layout, pack, pays, program
+from clip_jax.structs import is_traced
 from tests.checkpoints import write_family
 
 
@@ -18,7 +21,8 @@ from tests.checkpoints import write_family
 def packed_on_cpus(monkeypatch):
     """What fits into `_SMALL` is everything of the small models; here their kernels are large."""
     monkeypatch.setattr(encoder_module, "pays", lambda params: True)
-    monkeypatch.setattr("clip_jax.handover._SMALL", 200)
+    monkeypatch.setattr(handover, "pays", lambda params: True)
+    monkeypatch.setattr(handover, "_SMALL", 200)
 
 
 @pytest.fixture(scope="module", params=["sdxl", pytest.param("sd3", marks=pytest.mark.slow)])
@@ -71,6 +75,15 @@ def test_small_params_are_joined_by_dtype():
     jax.tree.map(np.testing.assert_array_equal, again, params)
 
 
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+def test_what_is_quantised_is_handed_over_as_it_is(tiny_sd15, scheme):
+    params = clip_jax.load(tiny_sd15, family="sd15", quantize=scheme).params
+    packed, layout = pack(params)
+    assert {leaf.qvalue.dtype.name for leaf in packed.large if hasattr(leaf, "qvalue")} == {scheme}
+    assert packed.joined["float32"].size > 200
+    jax.tree.map(np.testing.assert_array_equal, layout.unpacked(packed), params)
+
+
 def test_encoders_laid_out_alike_share_a_program(tiny_sd15):
     one, two = (clip_jax.load(tiny_sd15, family="sd15", cache_bytes=0) for _ in range(2))
     programs = [program(pack(e.params)[1], e.family, e.dtype, e.attention, (None, None)) for e in (one, two)]
@@ -114,8 +127,70 @@ def test_it_goes_through_jit_and_without(encoder):
     mine = another(encoder)
     wanted, tokens = mine("a cat").prompt_embeds, mine.tokenize("a cat")
     np.testing.assert_allclose(jax.jit(lambda t: mine.encode(t).prompt_embeds)(tokens), wanted, rtol=0, atol=1e-5)
+    mine._handover = None
     with jax.disable_jit():
         np.testing.assert_allclose(mine("a cat").prompt_embeds, wanted, rtol=0, atol=1e-5)
+    assert mine._handover is None  # it is a jit
+
+
+def test_params_are_packed_once(encoder):
+    mine = another(encoder)
+    mine("a cat")
+    first = mine._handover
+    mine(["two dogs", "a bird"])
+    assert mine._handover is first
+    mine.dtype = "bfloat16"
+    mine("a cat")
+    assert mine._handover is not first
+
+
+def test_what_computes_attention_reaches_the_program(encoder):
+    mine = another(encoder)
+    mine("a cat")
+    mine.attention = "cudnn"
+    with pytest.raises(ClipJaxError, match="attention='cudnn' is for bfloat16"):
+        mine("a cat")
+
+
+@pytest.mark.parametrize("bound", [True, False])
+@pytest.mark.parametrize("trace", [jax.jit, lambda f: lambda: jax.eval_shape(f)])
+def test_the_first_call_may_be_traced(encoder, trace, bound):
+    mine = another(encoder)
+    if bound:
+        mine.params = jax.device_put(mine.params, jax.devices()[0])
+    tokens = mine.tokenize("a cat")
+    assert trace(lambda: mine.encode(tokens).prompt_embeds)().shape == (2, 77, 32)
+    np.testing.assert_array_equal(mine.encode(tokens).prompt_embeds, encoder.encode(tokens).prompt_embeds)
+
+
+def test_traced_params_may_be_put_in_place(encoder, monkeypatch):
+    monkeypatch.setattr(handover, "pays", lambda params: not is_traced(params))
+    mine = another(encoder)
+    tokens = mine.tokenize("a cat")
+    wanted = mine.encode(tokens).prompt_embeds
+    norm = mine.params["clip_l"]["text_model"]["final_layer_norm"]
+    kept = norm["bias"]
+
+    def loss(bias):
+        norm["bias"] = bias
+        return mine.encode(tokens).prompt_embeds.sum()
+
+    np.testing.assert_allclose(jax.grad(loss)(kept), np.full(32, 2 * 77), rtol=1e-5)
+    norm["bias"] = kept
+    np.testing.assert_array_equal(mine.encode(tokens).prompt_embeds, wanted)
+    assert mine._handover is not None
+
+
+def test_exported_programs_and_meshes_take_params_as_they_are(encoder, tmp_path):
+    mine = another(encoder)
+    wanted = mine("a cat").prompt_embeds
+    mine.export(tmp_path / "exported")
+    exported = clip_jax.load_exported(tmp_path / "exported", cache_bytes=0)
+    np.testing.assert_allclose(exported("a cat").prompt_embeds, wanted, rtol=0, atol=1e-5)
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    meshed = another(encoder, batch_sharding=jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data")))
+    np.testing.assert_allclose(meshed("a cat").prompt_embeds, wanted, rtol=0, atol=1e-5)
+    assert (exported._handover, meshed._handover) == (None, None)
 
 
 @pytest.mark.parametrize("duplicate", [copy.copy, lambda mine: pickle.loads(pickle.dumps(mine))])
@@ -146,6 +221,21 @@ def test_what_is_on_a_device_stays_there_and_is_bound_as_before():
     assert pack(bound)[0].joined["float32"].committed
 
 
-def test_it_is_for_one_accelerator(encoder):
+class Elsewhere(NamedTuple):
+    """What tells of itself that it is on a GPU."""
+
+    number: int
+    platform: str = "gpu"
+
+
+def test_it_is_for_one_accelerator(encoder, monkeypatch):
     assert not pays(encoder.params)
+    one, other = {Elsewhere(0)}, {Elsewhere(1)}
+    devices = iter([one, one, one, other, one | other, one])
+    monkeypatch.setattr(type(jax.numpy.ones(1)), "devices", lambda _: next(devices))
+    two = [jax.numpy.ones(1), jax.numpy.ones(1)]
+    assert pays(two)
+    assert not pays(two)  # on two GPUs
+    assert not pays(two)  # one of them split
+    monkeypatch.undo()
     jax.make_jaxpr(lambda leaf: leaf + pays({"kernel": leaf}))(1.0)  # traced ones have no devices to ask

@@ -16,6 +16,7 @@ import clip_jax
 from clip_jax import FAMILIES, CheckpointError, ClipJaxError, Family
 from clip_jax.convert import convert
 from clip_jax.families import Tower
+from clip_jax.params import checkpoint as ckpt
 from tests.checkpoints import TINY
 
 SMALL = Family(name="small", title="Small", pipelines=frozenset(), towers=(Tower(name="clip_l", config=TINY),))
@@ -131,6 +132,14 @@ def test_a_mistyped_path_is_no_hub_repo(call, name):
         call(name)
 
 
+def test_a_link_to_nowhere_is_no_hub_repo(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "sd15").symlink_to("/mnt/nowhere")
+    with pytest.raises(CheckpointError, match=r"models/sd15 is a link to /mnt/nowhere, which is not there\."):
+        clip_jax.load("models/sd15")
+
+
 def test_a_path_object_is_never_looked_up_on_the_hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(CheckpointError, match="^'owner/name' does not exist"):
@@ -235,3 +244,36 @@ def test_options_are_looked_at_before_anything_is_read(options, tmp_path):
     with pytest.raises(ClipJaxError, match="dtype|cache_bytes") as raised:
         clip_jax.load(tmp_path / "absent", **options)
     assert "does not exist" not in str(raised.value)
+
+
+# --- a folder that is replaced while it is read
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("read", [clip_jax.load, clip_jax.load_exported])
+def test_versions_of_a_folder_are_not_mixed(encoder, tmp_path, monkeypatch, read, fails):
+    encoder.export(tmp_path / "out")
+    read_params = ckpt.read_params
+
+    def replaced_first(*arguments, **options):
+        encoder.export(tmp_path / "out", overwrite=True)
+        if fails:
+            raise CheckpointError("files in it are missing")
+        return read_params(*arguments, **options)
+
+    monkeypatch.setattr(ckpt, "read_params", replaced_first)
+    with pytest.raises(CheckpointError, match=r"out was replaced while it was read\. Load it again\.$"):
+        read(tmp_path / "out")
+    monkeypatch.undo()
+    assert read(tmp_path / "out")("a cat").prompt_embeds.shape == (2, 77, 32)
+
+
+def test_what_cannot_be_read_is_told_as_it_is(encoder, tmp_path, monkeypatch):
+    encoder.save(tmp_path / "out")
+
+    def fails(*_, **__):
+        raise CheckpointError("files in it are missing")
+
+    monkeypatch.setattr(ckpt, "read_params", fails)
+    with pytest.raises(CheckpointError, match="^files in it are missing$"):
+        clip_jax.load(tmp_path / "out")

@@ -21,6 +21,7 @@ from clip_jax.convert import export
 
 
 def main(preset: str, folder: Path) -> None:
+    jax.config.update("jax_platforms", "cpu")  # an accelerator has nothing to do here
     if preset in COMPAT:
         model = getattr(compat, COMPAT[preset].flax_class)(COMPAT[preset].config)
         model.save_pretrained(folder)

@@ -50,7 +50,7 @@ def start(case: Message) -> Model:
         "platform": platform,
         "device": torch.cuda.get_device_name() if cuda else cpu_model(),
         "threads": torch.get_num_threads(),
-        "attention": towers.towers[0].config._attn_implementation,
+        "attention": [tower.config._attn_implementation for tower in towers.towers],
         "versions": versions("torch", "transformers"),
     }
     return Model({"about": about, "load_s": round(load_s, 3)}, call, arrays)

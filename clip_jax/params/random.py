@@ -37,7 +37,7 @@ def random_tensors(tower: str, shapes: Mapping[str, tuple[int, ...]]) -> Iterato
         for path, shape in shapes.items():
             ahead.append((path, pool.submit(random_tensor, f"{tower}/{path}", shape)))
             if len(ahead) == threads:
-                path, tensor = ahead.popleft()
-                yield path, tensor.result()
+                first, tensor = ahead.popleft()
+                yield first, tensor.result()
         for path, tensor in ahead:
             yield path, tensor.result()

@@ -122,6 +122,33 @@ def check_apart(out: Path, sources: Iterable[Path]) -> None:
             raise CheckpointError(f"{source} lies in {out}, which is to be replaced. Choose another place to write to.")
 
 
+def identity(path: Path) -> tuple[int, int, int] | None:
+    """What tells a folder from another that is put in its place; None where there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_mtime_ns
+
+
+@contextlib.contextmanager
+def unreplaced(path: Path, before: tuple[int, int, int] | None) -> Iterator[None]:
+    """For reading a folder in several steps: they are all of the folder whose `identity` was `before`.
+
+    Raises:
+        CheckpointError: Another is in its place at the end of the block, or was when something in it failed.
+    """
+    cause = None
+    try:
+        yield
+    except CheckpointError as error:
+        cause = error
+    if identity(path) != before:
+        raise CheckpointError(f"{path} was replaced while it was read. Load it again.") from cause
+    if cause is not None:
+        raise cause
+
+
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """Holds the lock of a folder: of those processes that ask for it, one goes on at a time."""

@@ -74,6 +74,12 @@ def test_all_benchmarks_are_run_unless_named(machine, monkeypatch, tmp_path):
     assert (tmp_path / "kept").exists()
 
 
+@pytest.mark.parametrize("benchmarks", [[], ["encode", "cache"]])
+def test_flux_has_no_pairs_to_find_in_the_cache(machine, benchmarks):
+    with pytest.raises(SystemExit, match="cache is of pairs, and flux has none; name the benchmark: encode"):
+        command.main([*benchmarks, "--presets", "sd15", "flux"])
+
+
 def test_a_noisy_machine_is_told(machine, monkeypatch, tmp_path, capsys):
     noisy = found()
     noisy["cases"][0]["other_cores"], noisy["cases"][1]["other_cores"] = 0.1, 0.4

@@ -257,6 +257,14 @@ def test_a_profile_tells_what_its_parts_add_up_to():
     assert "2026-01-02, commit 0123456 with uncommitted changes; `profile.json`." in caption
 
 
+def test_prompts_of_flux_are_no_pairs():
+    flux = {**RESULT, "cases": [{**RESULT["cases"][0], "preset": "flux"}]}
+    whole, short = (table.text for table in tables(flux, "run.json"))
+    assert "a pair is two prompts. Of FLUX a prompt alone. Weights:" in whole
+    assert "`run.json`. Of FLUX a prompt alone. Spread" in short
+    assert "Of FLUX" not in render(RESULT, "run.json")
+
+
 def test_another_schema_is_refused():
     with pytest.raises(ReportError, match=r"run\.json has schema 1; expected 4"):
         render({**RESULT, "schema": 1}, "run.json")

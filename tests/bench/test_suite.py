@@ -59,6 +59,19 @@ def test_ours_takes_turns_with_each_peer(shop):
     assert len(case["contenders"]["third"]["ms"]["samples"]) == 3
 
 
+def test_what_there_is_is_told_after_each_peer(shop):
+    told = []
+    cases = [CASE, Case("sd21", "float32")]
+    result = run_cases([OURS, PEER, contender("third")], cases, shop, lambda found: told.append(json.dumps(found)))
+    seen = [[list(case["contenders"]) for case in json.loads(one)["cases"]] for one in told]
+    all_three = ["ours", "peer", "third"]
+    assert seen[:2] == [[["ours", "peer"]], [all_three]]
+    assert [len(one) for one in seen] == [1, 1, 1, 2, 2, 2]
+    assert json.loads(told[-1]) == json.loads(json.dumps(result))
+    lengths = [len(json.loads(one)["cases"][0]["contenders"]["ours"]["ms"]["samples"]) for one in told[:3]]
+    assert lengths == [3, 6, 6]
+
+
 def test_more_of_ours_take_turns_with_the_first_and_each_peer(shop):
     (case,) = run_cases([OURS, MORE, PEER, contender("third")], [CASE], shop)["cases"]
     assert compared(case) == {
