@@ -28,7 +28,8 @@ from tqdm import tqdm
 
 from bench.families import abstract_params
 from bench.host import git_state, versions
-from clip_jax import FAMILIES, Family, Tokens, text_embeddings
+from clip_jax import FAMILIES, Family, Tokens
+from clip_jax.handover import pack, program
 from clip_jax.models import Attention
 from clip_jax.params.quantize import PLAIN, SCHEMES, Scheme
 from clip_jax.params.shapes import flatten, unflatten
@@ -100,7 +101,7 @@ def h100() -> jax.Device:
 def compiled(
     family: Family, scheme: Scheme = PLAIN, attention: Attention = "xla", pairs: int = 1
 ) -> tuple[jax.stages.Compiled, Kernels]:
-    """The program of a family in bfloat16, full size, for an H100; and what it starts.
+    """What an encoder of a family runs in bfloat16, full size, compiled for an H100; and what it starts.
 
     Args:
         family: Its negative prompts are encoded, where it has guidance.
@@ -116,16 +117,14 @@ def compiled(
     ids = {t.name: jax.ShapeDtypeStruct((pairs, family.row_length(t, 77)), np.int32) for t in family.towers}
     tokens = Tokens(cond=ids, uncond=ids if family.guidance else None)
     params, tokens = jax.tree.map(on_device, (_params(family, scheme), tokens))
+    packed, layout = pack(params)
     with pretended_cudnn():
-        lowered = jax.jit(
-            lambda params, tokens: text_embeddings(
-                params, tokens, family=family, compute_dtype=jnp.bfloat16, attention=attention
-            )
-        ).lower(params, tokens)
+        run = program(layout, family, np.dtype(jnp.bfloat16), attention, (None, None))
+        lowered = run.lower(packed, tokens)
     with tempfile.TemporaryDirectory() as folder:
-        program = lowered.compile(compiler_options={**_OPTIONS, "xla_dump_to": folder})
+        executable = lowered.compile(compiler_options={**_OPTIONS, "xla_dump_to": folder})
         (thunks,) = Path(folder).glob("*.thunk_sequence_after_thunk_passes.txt")
-        return program, kernels(thunks.read_text())
+        return executable, kernels(thunks.read_text())
 
 
 def pretended_cudnn() -> contextlib.AbstractContextManager[object]:
@@ -162,13 +161,13 @@ def _cases() -> Iterator[tuple[Family, Scheme, Attention]]:
 
 
 def _describe(family: Family, scheme: Scheme, attention: Attention) -> dict[str, Any]:
-    program, found = compiled(family, scheme, attention)
+    executable, found = compiled(family, scheme, attention)
     return {
         "family": family.name,
         "params": scheme.name or "bfloat16",
         "attention": attention,
         **found._asdict(),
-        "temporary_mib": round(program.memory_analysis().temp_size_in_bytes / 2**20, 1),
+        "temporary_mib": round(executable.memory_analysis().temp_size_in_bytes / 2**20, 1),
     }
 
 

@@ -71,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     convert = _command(commands, "convert", _convert, "convert a checkpoint to an Orbax folder")
     convert.add_argument("source", metavar="SRC", nargs="+", help=_FOREIGN_HELP)
     convert.add_argument("out", metavar="OUT", help="folder to make")
-    convert.add_argument("--dtype", help="of the stored params; by default that of the source, bfloat16 if quantised")
+    convert.add_argument("--dtype", help="of the stored params; by default the source's; bfloat16 of fp8 and GGUF")
     convert.add_argument("--without", metavar="TOWER", action="append", default=[], help="leave out a tower: t5 of sd3")
     convert.add_argument("--quantize", metavar="SCHEME", help="store the params quantised: int8, fp8 or int4")
     convert.add_argument("--verify", action="store_true", help="compare what source and result compute on prompts")

@@ -28,6 +28,8 @@ from clip_jax.structs import TextEmbeddings, Tokens, is_traced
 #: What is quantised goes as it is: its scales are read by products, out of whose kernels XLA keeps slices.
 _SMALL = 2**15
 
+_ARRAYS = (jax.Array, jax.ShapeDtypeStruct)
+
 
 class Packed(NamedTuple):
     """Params as arguments: the small ones joined, by the name of their dtype, and the large ones."""
@@ -65,13 +67,12 @@ class Layout:
 
 
 def pack(params: Params) -> tuple[Packed, Layout]:
-    """Params on one device as few arguments there, and how they are to be unpacked."""
+    """Params on one device, or their shapes, as few arguments there; and how they are to be unpacked."""
     leaves, tree = jax.tree.flatten(params, is_leaf=is_quantized)
     places = tuple(
-        (leaf.dtype.name, leaf.shape) if isinstance(leaf, jax.Array) and leaf.size <= _SMALL else None
-        for leaf in leaves
+        (leaf.dtype.name, leaf.shape) if isinstance(leaf, _ARRAYS) and leaf.size <= _SMALL else None for leaf in leaves
     )
-    small: dict[str, list[jax.Array]] = {}
+    small: dict[str, list[Any]] = {}
     for place, leaf in zip(places, leaves, strict=True):
         if place is not None:
             small.setdefault(place[0], []).append(leaf)
@@ -81,8 +82,11 @@ def pack(params: Params) -> tuple[Packed, Layout]:
 
 @jax.transfer_guard("allow")
 @jax.ensure_compile_time_eval()  # within a `jit` too: what is kept must be no tracer
-def _joined(arrays: list[jax.Array]) -> jax.Array:
-    """Side by side, by way of the host: nothing is compiled for it."""
+def _joined(arrays: list[Any]) -> Any:
+    """Side by side, by way of the host: nothing is compiled for it. Of shapes and dtypes the like."""
+    if isinstance(arrays[0], jax.ShapeDtypeStruct):
+        length = sum(array.size for array in arrays)
+        return jax.ShapeDtypeStruct((length,), arrays[0].dtype, sharding=arrays[0].sharding)
     values = np.concatenate([value.reshape(-1) for value in jax.device_get(arrays)])
     (device,) = arrays[0].devices()
     if any(array.committed for array in arrays):

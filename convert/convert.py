@@ -61,7 +61,7 @@ def convert(
             text encoders' folders that make up a family.
         out: The folder to make. It appears whole or not at all.
         family: The family, where it cannot be told from the source.
-        dtype: Of the stored params; None keeps those of the source.
+        dtype: Of the stored params; None keeps those of the source, and is bfloat16 where it is quantised (fp8, GGUF).
         without: Towers to leave out, such as "t5" of SD 3.
         config: Tower name -> architecture, where a file of weights does not tell (a config, a dict, or the path of
             a `config.json`); goes before the `config.json` beside weights.

@@ -214,7 +214,12 @@ def test_float16_that_overflows_is_an_error(encoder):
 
 @pytest.mark.parametrize("name", ["sd15", pytest.param("flux", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
-    "options", [{}, {"dtype": "float16"}, {"dtype": "bfloat16", "quantize": "int8"}, {"param_dtype": "bfloat16"}]
+    "options",
+    [
+        {"dtype": "float16"},
+        {"dtype": "bfloat16", "quantize": "int8"},
+        *(pytest.param(options, marks=pytest.mark.slow) for options in ({}, {"param_dtype": "bfloat16"})),
+    ],
 )
 def test_it_runs_where_jax_is_told_to_be_strict(tmp_path, name, options):
     folder = write_family(tmp_path / name, clip_jax.FAMILIES[name])

@@ -75,6 +75,15 @@ def test_small_params_are_joined_by_dtype():
     jax.tree.map(np.testing.assert_array_equal, again, params)
 
 
+def test_shapes_are_packed_like_arrays(encoder):
+    shapes = jax.eval_shape(lambda: encoder.params)
+    (packed, layout), (of_shapes, the_same) = pack(encoder.params), pack(shapes)
+    assert layout == the_same
+    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), packed) == jax.tree.map(
+        lambda leaf: (leaf.shape, leaf.dtype), of_shapes
+    )
+
+
 @pytest.mark.parametrize("scheme", ["int8", "int4"])
 def test_what_is_quantised_is_handed_over_as_it_is(tiny_sd15, scheme):
     params = clip_jax.load(tiny_sd15, family="sd15", quantize=scheme).params

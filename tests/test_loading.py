@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 import termios
@@ -249,14 +250,23 @@ def test_options_are_looked_at_before_anything_is_read(options, tmp_path):
 # --- a folder that is replaced while it is read
 
 
+@pytest.fixture(scope="module")
+def exported(encoder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("exported") / "out"
+    encoder.export(folder)
+    return folder
+
+
 @pytest.mark.parametrize("fails", [False, True])
 @pytest.mark.parametrize("read", [clip_jax.load, clip_jax.load_exported])
-def test_versions_of_a_folder_are_not_mixed(encoder, tmp_path, monkeypatch, read, fails):
-    encoder.export(tmp_path / "out")
+def test_versions_of_a_folder_are_not_mixed(exported, tmp_path, monkeypatch, read, fails):
+    for version in ("out", "new"):
+        shutil.copytree(exported, tmp_path / version)
     read_params = ckpt.read_params
 
     def replaced_first(*arguments, **options):
-        encoder.export(tmp_path / "out", overwrite=True)
+        (tmp_path / "out").rename(tmp_path / "old")
+        (tmp_path / "new").rename(tmp_path / "out")
         if fails:
             raise CheckpointError("files in it are missing")
         return read_params(*arguments, **options)

@@ -1,4 +1,7 @@
-"""Programs here are those that users run: `tests/conftest.py` has the compiler do little, for tests on a CPU."""
+"""Programs here are optimised as for users: `tests/conftest.py` has the compiler do little, for tests on a CPU.
+
+Products are of full float32, as in all tests.
+"""
 
 import jax
 
