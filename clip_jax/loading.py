@@ -81,7 +81,7 @@ class _Converted:
     path: Path
     family: Family
     metadata: ckpt.CheckpointMetadata
-    identity: tuple[int, int, int] | None
+    identity: bytes | None
 
     def tokenizer(self, tower: str) -> RowTokenizer:
         return read_tokenizer(self.family.tower(tower).config, ckpt.tokenizer_folder(self.path, tower))

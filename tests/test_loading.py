@@ -252,8 +252,9 @@ def test_options_are_looked_at_before_anything_is_read(options, tmp_path):
 
 @pytest.fixture(scope="module")
 def exported(encoder, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("exported") / "out"
-    encoder.export(folder)
+    folder = tmp_path_factory.mktemp("exported")
+    for version in ("out", "new"):
+        encoder.export(folder / version)
     return folder
 
 
@@ -261,7 +262,7 @@ def exported(encoder, tmp_path_factory):
 @pytest.mark.parametrize("read", [clip_jax.load, clip_jax.load_exported])
 def test_versions_of_a_folder_are_not_mixed(exported, tmp_path, monkeypatch, read, fails):
     for version in ("out", "new"):
-        shutil.copytree(exported, tmp_path / version)
+        shutil.copytree(exported / version, tmp_path / version)
     read_params = ckpt.read_params
 
     def replaced_first(*arguments, **options):

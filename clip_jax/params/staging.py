@@ -122,18 +122,21 @@ def check_apart(out: Path, sources: Iterable[Path]) -> None:
             raise CheckpointError(f"{source} lies in {out}, which is to be replaced. Choose another place to write to.")
 
 
-def identity(path: Path) -> tuple[int, int, int] | None:
-    """What tells a folder from another that is put in its place; None where there is none."""
+def identity(path: Path) -> bytes | None:
+    """What tells a checkpoint from another that is put in its place; None where there is none.
+
+    Orbax writes into its metadata when it was made, in nanoseconds. Unlike inodes and times of the file system, that
+    stays the same on all kinds of them.
+    """
     try:
-        found = path.stat()
+        return (path / CHECKPOINT_MARK).read_bytes()
     except OSError:
         return None
-    return found.st_dev, found.st_ino, found.st_mtime_ns
 
 
 @contextlib.contextmanager
-def unreplaced(path: Path, before: tuple[int, int, int] | None) -> Iterator[None]:
-    """For reading a folder in several steps: they are all of the folder whose `identity` was `before`.
+def unreplaced(path: Path, before: bytes | None) -> Iterator[None]:
+    """For reading a checkpoint in several steps: they are all of the one whose `identity` was `before`.
 
     Raises:
         CheckpointError: Another is in its place at the end of the block, or was when something in it failed.
