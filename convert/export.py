@@ -32,7 +32,7 @@ from clip_jax.params.checkpoint import (
 )
 from clip_jax.params.quantize import PLAIN
 from clip_jax.params.shapes import TensorSpec, param_shapes
-from clip_jax.params.staging import check_apart, check_free, path_of, staged_folder
+from clip_jax.params.staging import check_apart, check_free, identity, path_of, staged_folder, unreplaced
 from clip_jax.progress import byte_bar
 from clip_jax.tokenizers import read_tokenizer
 from clip_jax.tokenizers.files import expanded
@@ -102,6 +102,7 @@ def export(
         raise CheckpointError(f"{path} is not a folder written by `clip-jax convert`, which is what can be exported.")
     check_free(out, overwrite, MARK)
     check_apart(out, [path])
+    before = identity(path)
     metadata = read_metadata(path)
     if metadata.scheme is not PLAIN:
         raise CheckpointError(
@@ -112,7 +113,11 @@ def export(
     towers = [tower for tower in family.towers if tower.name in metadata.configs]
     specs = {name: _widest_first(tree) for name, tree in read_specs(path, metadata.configs).items()}
     total = sum(spec.nbytes for tree in specs.values() for spec in tree.values())
-    with staged_folder(out, overwrite=overwrite, mark=MARK) as folder, byte_bar(total, "Exporting", progress) as bar:
+    with (
+        staged_folder(out, overwrite=overwrite, mark=MARK) as folder,
+        unreplaced(path, before),
+        byte_bar(total, "Exporting", progress) as bar,
+    ):
         try:
             for tower in towers:
                 config = metadata.configs[tower.name]

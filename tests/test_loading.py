@@ -273,7 +273,7 @@ def test_versions_of_a_folder_are_not_mixed(exported, tmp_path, monkeypatch, rea
         return read_params(*arguments, **options)
 
     monkeypatch.setattr(ckpt, "read_params", replaced_first)
-    with pytest.raises(CheckpointError, match=r"out was replaced while it was read\. Load it again\.$"):
+    with pytest.raises(CheckpointError, match=r"out was replaced while it was read\. Try again\.$"):
         read(tmp_path / "out")
     monkeypatch.undo()
     assert read(tmp_path / "out")("a cat").prompt_embeds.shape == (2, 77, 32)

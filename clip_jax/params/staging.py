@@ -147,7 +147,7 @@ def unreplaced(path: Path, before: bytes | None) -> Iterator[None]:
     except CheckpointError as error:
         cause = error
     if identity(path) != before:
-        raise CheckpointError(f"{path} was replaced while it was read. Load it again.") from cause
+        raise CheckpointError(f"{path} was replaced while it was read. Try again.") from cause
     if cause is not None:
         raise cause
 

@@ -1,6 +1,7 @@
 """`export`: the round trip gives every bit back, in files that others read, whole or not at all."""
 
 import dataclasses
+import importlib
 import itertools
 import json
 import math
@@ -298,3 +299,18 @@ def test_tensors_begin_at_multiples_of_8_bytes(tmp_path):
         folder = tmp_path / str(length)
         write_component(folder, {}, {f"a/{'x' * length}/kernel": np.ones((2, 2), np.float32)})
         assert int.from_bytes((folder / "model.safetensors").read_bytes()[:8], "little") % 8 == 0
+
+
+def test_versions_of_a_folder_are_not_mixed(encoder, tmp_path, monkeypatch):
+    encoder.save(tmp_path / "source")
+    module = importlib.import_module("clip_jax.convert.export")  # not the function of that name
+    read = module.read_tokenizer
+
+    def replaced_first(*arguments):
+        encoder.save(tmp_path / "source", overwrite=True)
+        return read(*arguments)
+
+    monkeypatch.setattr(module, "read_tokenizer", replaced_first)
+    with pytest.raises(CheckpointError, match=r"source was replaced while it was read\. Try again\."):
+        export(tmp_path / "source", tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
