@@ -11,6 +11,7 @@ import argparse
 import datetime
 import json
 import re
+import sys
 import tempfile
 import time
 import warnings
@@ -79,7 +80,9 @@ class Span(NamedTuple):
 
 def main(argv: Sequence[str] | None = None) -> None:
     device = device_facts()
-    programs = _PROGRAMS.get(device["platform"], {})
+    if device["platform"] not in _PROGRAMS:
+        sys.exit(f"bench.profile: is for {' and '.join(_PROGRAMS)}, found {device['platform']}.")
+    programs = _PROGRAMS[device["platform"]]
     parser = argparse.ArgumentParser(prog="python -m bench.profile", description=__doc__)
     parser.add_argument("--presets", nargs="+", default=["sd15"], choices=(*PRESETS, *LARGE_PRESETS))
     parser.add_argument("--programs", nargs="+", default=list(programs), choices=programs, metavar="PROGRAM")
@@ -116,7 +119,8 @@ def _measure(preset: str, program: str, options: Mapping[str, Any]) -> dict[str,
         run()
     other_cores = watch_others()
     ms = [_milliseconds(run) for _ in range(_CALLS)]
-    calls = [shares(call, within, kinds(text)) for call, within in profiled(run)]
+    of_each = kinds(text)
+    calls = [shares(call, within, of_each) for call, within in profiled(run)]
     return {
         "preset": preset,
         "program": program,

@@ -72,6 +72,12 @@ def test_slow_and_fast_calls_are_left_out():
     assert middle(calls) == {"products": 3.0, BETWEEN: 1.0}
 
 
+def test_other_platforms_are_refused(monkeypatch):
+    monkeypatch.setattr(profile, "device_facts", lambda: {"platform": "tpu", "name": "TPU v4"})
+    with pytest.raises(SystemExit, match="is for cpu and gpu, found tpu"):
+        profile.main([])
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="names of operations are those of Linux' CPUs")
 def test_a_small_encoder_is_profiled(encoder, monkeypatch):
     monkeypatch.setattr(profile, "_CALLS", 3)
