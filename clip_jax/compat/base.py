@@ -279,14 +279,7 @@ class FlaxPreTrainedModel:
         return_dict: bool | None,
     ) -> ModelOutput | tuple[Any, ...]:
         """Runs the module on ids and what goes with them, each [B, L]; None among the options is the config's."""
-        dropout = max(getattr(self.config, name, 0) or 0 for name in ("attention_dropout", "dropout", "dropout_rate"))
-        if train and dropout:
-            raise ClipJaxError(
-                f"train=True means dropout, of which the config asks for {dropout}, and which is not computed. Pass "
-                f"train=False, or set it to 0 in model.config."
-            )
-        self._check_ids(arrays[0])
-        ids, *rest = (None if array is None else jnp.asarray(array, jnp.int32) for array in arrays)
+        self._check_call(arrays[0], train)
         options = {
             "output_attentions": output_attentions,
             "output_hidden_states": output_hidden_states,
@@ -296,18 +289,33 @@ class FlaxPreTrainedModel:
         variables = {"params": params or self.params}
         # Compiled code knows nothing of interceptors, and a function that was traced without is reused with them.
         run = self.module.apply if intercepted() else functools.partial(_compiled, self.module)
-        return run(variables, ids, *rest, **options)
+        return run(variables, *as_ids(arrays), **options)
+
+    def _check_call(self, ids: Any, train: bool) -> None:
+        """Refuses dropout, and ids that cannot be run."""
+        dropout = max(getattr(self.config, name, 0) or 0 for name in ("attention_dropout", "dropout", "dropout_rate"))
+        if train and dropout:
+            raise ClipJaxError(
+                f"train=True means dropout, of which the config asks for {dropout}, and which is not computed. Pass "
+                f"train=False, or set it to 0 in model.config."
+            )
+        self._check_ids(ids)
 
     def _check_ids(self, ids: Any) -> None:
         """Refuses ids that are not [B, L], and those without a row in the embedding where a look costs nothing."""
-        if np.ndim(ids) != 2:
+        if np.ndim(ids) != 2 or 0 in np.shape(ids):
             raise ClipJaxError(f"Expected input_ids [B, L], found {'none' if ids is None else np.shape(ids)}.")
         rows = self._tower.vocab_size
-        if isinstance(ids, np.ndarray) and ids.size and not 0 <= ids.min() <= ids.max() < rows:  # they would be NaN
+        if isinstance(ids, np.ndarray) and not 0 <= ids.min() <= ids.max() < rows:  # they would be NaN
             raise ClipJaxError(
                 f"Expected ids from 0 to {rows - 1}, as the token embedding has rows, found {ids.min()} to "
                 f"{ids.max()}: are they another tokenizer's?"
             )
+
+
+def as_ids(arrays: tuple[Any, ...]) -> tuple[jax.Array | None, ...]:
+    """Ids and what goes with them as int32; None stays."""
+    return tuple(None if array is None else jnp.asarray(array, jnp.int32) for array in arrays)
 
 
 @functools.partial(

@@ -5,14 +5,21 @@ Reference: transformers 4.57 `modeling_flax_clip.py`.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.typing
+import numpy as np
 
-from clip_jax.compat.base import FlaxPreTrainedModel
+from clip_jax.compat.base import FlaxPreTrainedModel, as_ids
+from clip_jax.compat.features import pooled_rows
 from clip_jax.compat.modules import FlaxCLIPTextModelWithProjectionModule, FlaxCLIPTextModule
 from clip_jax.compat.outputs import ModelOutput
+from clip_jax.errors import ClipJaxError
+from clip_jax.models import intercepted
+from clip_jax.structs import is_traced
 
 
 class FlaxCLIPTextPreTrainedModel(FlaxPreTrainedModel):
@@ -88,3 +95,55 @@ class FlaxCLIPTextModelWithProjection(FlaxCLIPTextPreTrainedModel):
 
     module_class = FlaxCLIPTextModelWithProjectionModule
     architecture = "CLIPTextModelWithProjection"
+
+    @jax.transfer_guard_host_to_device("allow")  # ids come from there
+    def get_text_features(
+        self,
+        input_ids: jax.typing.ArrayLike,
+        attention_mask: jax.typing.ArrayLike | None = None,
+        position_ids: jax.typing.ArrayLike | None = None,
+        params: Mapping[str, Any] | None = None,
+        dropout_rng: jax.Array | None = None,  # noqa: ARG002
+        train: bool = False,
+        *,
+        batch_size: int = 128,
+    ) -> jax.Array:
+        """`text_embeds` alone, of any number of texts: for retrieval, CLIP scores, zero-shot classification.
+
+        Only what the pooled row wants is run. Ids on the host are sorted by the lengths of their texts, cut after these
+        to one of a few lengths, and run `batch_size` at a time, in a few compiled programs for all numbers of texts.
+        Ids on a device, or within a `jit`, are run as they are.
+
+        Reference: transformers 4.57 `modeling_flax_clip.py`, `FlaxCLIPPreTrainedModel.get_text_features`.
+
+        Args:
+            input_ids: [N, L] int, as in a call, and so are the arguments up to `train`.
+            attention_mask: [N, L].
+            position_ids: [N, L] or [1, L].
+            params: To use instead of the model's own.
+            dropout_rng: Accepted; there is no dropout.
+            train: Changes nothing for a config without dropout.
+            batch_size: The most texts at a time.
+
+        Returns:
+            [N, P], the row at the end-of-text token, projected, not normalised.
+
+        Raises:
+            ClipJaxError: As in a call; or no `batch_size`.
+        """
+        if type(batch_size) is not int or batch_size < 1:
+            raise ClipJaxError(f"batch_size must be a positive int, found {batch_size!r}.")
+        if not isinstance(input_ids, jax.Array | None):
+            input_ids = np.asarray(input_ids)
+        self._check_call(input_ids, train)
+        variables, arrays = {"params": params or self.params}, (input_ids, attention_mask, position_ids)
+        embed = _text_embeds.__wrapped__ if intercepted() else _text_embeds  # as for a call
+        run = functools.partial(embed, self.module, variables)
+        if isinstance(input_ids, jax.Array) or is_traced((variables, arrays)):
+            return run(*as_ids(arrays))
+        return pooled_rows(run, arrays, self._tower, batch_size)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _text_embeds(module: FlaxCLIPTextModelWithProjectionModule, variables: Mapping[str, Any], *arrays: Any) -> Any:
+    return module.apply(variables, *arrays)["text_embeds"]

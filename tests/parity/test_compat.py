@@ -151,3 +151,32 @@ def test_the_loading_functions_for_maxdiffusion(case):
     found = encoder(IDS)
     assert found.dtype == jnp.bfloat16
     assert np.linalg.norm(np.asarray(found, np.float32) - wanted) <= 0.02 * np.linalg.norm(wanted)
+
+
+def test_text_features_of_a_whole_clip(tmp_path, assert_parity):
+    """As those who have `CLIPModel` ask for them: texts padded to the longest, with a mask of the pads."""
+    text, _ = MODELS["CLIPTextModelWithProjection"]
+    vision = transformers.CLIPVisionConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4
+    )
+    config = transformers.CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=24)
+    torch.manual_seed(0)
+    reference = transformers.CLIPModel(config).eval()
+    with torch.no_grad():
+        for parameter in reference.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    reference.save_pretrained(tmp_path)
+    sizes = np.random.RandomState(1).randint(2, 31, 40)
+    ids = np.random.RandomState(2).randint(3, 98, (40, 30))
+    mask = np.arange(30) < sizes[:, None]
+    ids = np.where(mask, ids, 98)
+    ids[np.arange(40), sizes - 1] = 98
+    with torch.no_grad():
+        wanted = reference.get_text_features(torch.tensor(ids), attention_mask=torch.tensor(mask).long())
+    wanted = getattr(wanted, "pooler_output", wanted).numpy()  # transformers 5 returns the pooled output beside others
+    assert wanted.shape == (40, 24)
+    model = FlaxCLIPTextModelWithProjection.from_pretrained(tmp_path)
+    found = model.get_text_features(ids, attention_mask=mask, batch_size=16)
+    assert_parity(found, wanted, TOLERANCE, "clip_jax.compat, on folders of transformers 5")
+    with pytest.raises(AssertionError):  # texts that change places
+        assert_parity(found[::-1], wanted, TOLERANCE, "clip_jax.compat, on folders of transformers 5")

@@ -1,0 +1,68 @@
+"""Many texts to one row each: cut after the end of the text, texts of like length together.
+
+Letters: N texts, L tokens, P pooled width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.typing
+import numpy as np
+
+from clip_jax.buckets import BATCHES, LENGTHS, bucket_of
+from clip_jax.config import ClipTextConfig
+from clip_jax.errors import ClipJaxError
+from clip_jax.models.functional import end_of_text
+
+
+def pooled_rows(
+    run: Callable[..., jax.Array],
+    arrays: Sequence[jax.typing.ArrayLike | None],
+    config: ClipTextConfig,
+    batch_size: int,
+) -> jax.Array:
+    """Runs `run` on a few sizes of batches, in which no row goes on for long after the end of its text.
+
+    Attention is causal, so that what comes after the end changes nothing in the row there.
+
+    Args:
+        run: Ids, and what goes with them, to [B, P].
+        arrays: Ids [N, L] on the host, and what goes with them, [N, L] or [1, L] each.
+        config: Of the model that `run` runs.
+        batch_size: The most rows at a time.
+
+    Returns:
+        [N, P], on the default device.
+
+    Raises:
+        ClipJaxError: More tokens than positions, or arrays of another shape than that of the ids.
+    """
+    ids, *others = (None if array is None else np.asarray(array, np.int32) for array in arrays)
+    assert ids is not None
+    longest = config.max_position_embeddings
+    if ids.shape[1] > longest:
+        raise ClipJaxError(f"input_ids has {ids.shape[1]} tokens per row, the model has {longest} positions.")
+    for array in others:
+        if array is not None and array.shape not in (ids.shape, (1, ids.shape[1])):
+            raise ClipJaxError(f"Expected arrays of the shape of input_ids, {ids.shape}, found {array.shape}.")
+    rows = [ids, *(None if array is None else np.broadcast_to(array, ids.shape) for array in others)]
+    sizes = end_of_text(ids, config.eos_token_id) + 1
+    order = np.argsort(-sizes, kind="stable")  # the longest first: if memory runs out, it does so at once
+    outputs = []
+    for begin in range(0, len(order), batch_size):
+        taken = order[begin : begin + batch_size]
+        length = min(bucket_of(int(sizes[taken[0]]), LENGTHS), longest)
+        missing = min(bucket_of(len(taken), BATCHES), batch_size) - len(taken)
+        padded = np.pad(taken, (0, missing), mode="edge")
+        outputs.append(run(*(None if array is None else _as_long(array[padded], length) for array in rows)))
+    by_length = np.concatenate(jax.device_get(outputs))[: len(order)]
+    features = np.empty_like(by_length)
+    features[order] = by_length
+    return jax.device_put(features)
+
+
+def _as_long(rows: np.ndarray, length: int) -> np.ndarray:
+    """Rows cut, or filled up with their last column, to `length`."""
+    return np.pad(rows[:, :length], [(0, 0), (0, max(length - rows.shape[1], 0))], mode="edge")
