@@ -2,8 +2,8 @@
 
 A result with `cases` is one of `python -m bench`, one with `peaks` of `bench.memory`, one with `formats` of
 `bench.formats`, one with `flops` of `bench.flops`, one with `quantized` of `bench.quantize`, one with `scan` of
-`bench.scan`, one with `kernels` of `bench.kernels`, one with `profile` of `bench.profile`, and one with `errors` is
-what `pytest tests/parity --write-errors` writes.
+`bench.scan`, one with `features` of `bench.features`, one with `kernels` of `bench.kernels`, one with `profile` of
+`bench.profile`, and one with `errors` is what `pytest tests/parity --write-errors` writes.
 """
 
 from __future__ import annotations
@@ -178,6 +178,31 @@ def _render_scan(result: Mapping[str, Any], source: str) -> str:
     )
 
 
+def _render_features(result: Mapping[str, Any], source: str) -> str:
+    header = ["text encoder", "in buckets, texts/s", "whole, texts/s", "ratio of times", "relative error"]
+    rows = [header, ["---", *["---:"] * len(header[1:])]]
+    for case in result["features"]:
+        rates = [case["texts_per_second"][name] for name in ("in buckets", "whole")]
+        ratio = case["ratio"]
+        rows.append(
+            [
+                f"{case['model']}, {case['dtype']}",
+                *(f"{number(rate['median'])} ({number(rate['q1'])} to {number(rate['q3'])})" for rate in rates),
+                f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})",
+                f"{case['relative_error']:.1e}",
+            ]
+        )
+    sizes = result["sizes"]
+    others = max(case["other_cores"] for case in result["features"])
+    return (
+        f"{_table(rows)}\n\n{sizes['texts']} random captions of {sizes['min']:.0f} to {sizes['max']:.0f} tokens, half "
+        f"of them {sizes['q1']:.0f} to {sizes['q3']:.0f}, from ids on the host; whole: calls for `text_embeds` of all "
+        f"77 tokens, as many texts at a time. Random weights; medians (quartiles) of {result['rounds']} interleaved "
+        f"runs, and of their ratios, below 1 buckets are faster. {result['device']}, at most {others} CPU cores taken "
+        f"by others; {listed(result['versions'])}; {when(result)}; `{source}`."
+    )
+
+
 def _render_kernels(result: Mapping[str, Any], source: str) -> str:
     counts = {"all": "kernels", "products": "products", "cudnn": "by cuDNN", "graphs": "CUDA graphs"}
     header = ["family", "params", "attention", *counts.values(), "outside of graphs", "temporary memory, MiB"]
@@ -268,6 +293,7 @@ _KINDS: dict[str, tuple[str, str, Callable[[Mapping[str, Any], str], str]]] = {
     "formats": ("bench:formats", _README, _render_formats),
     "quantized": ("bench:quantize", _README, _render_quantized),
     "scan": ("bench:scan", _BENCH, _render_scan),
+    "features": ("bench:features", _BENCH, _render_features),
     "kernels": ("bench:kernels", _BENCH, _render_kernels),
     "profile": ("bench:profile", _BENCH, _render_profile),
 }

@@ -14,7 +14,7 @@ import jax.typing
 import numpy as np
 
 from clip_jax.compat.base import FlaxPreTrainedModel, as_ids
-from clip_jax.compat.features import pooled_rows
+from clip_jax.compat.features import BATCH_SIZE, pooled_rows
 from clip_jax.compat.modules import FlaxCLIPTextModelWithProjectionModule, FlaxCLIPTextModule
 from clip_jax.compat.outputs import ModelOutput
 from clip_jax.errors import ClipJaxError
@@ -106,7 +106,7 @@ class FlaxCLIPTextModelWithProjection(FlaxCLIPTextPreTrainedModel):
         dropout_rng: jax.Array | None = None,  # noqa: ARG002
         train: bool = False,
         *,
-        batch_size: int = 128,
+        batch_size: int = BATCH_SIZE,
     ) -> jax.Array:
         """`text_embeds` alone, of any number of texts: for retrieval, CLIP scores, zero-shot classification.
 

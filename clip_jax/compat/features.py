@@ -16,6 +16,9 @@ from clip_jax.config import ClipTextConfig
 from clip_jax.errors import ClipJaxError
 from clip_jax.models.functional import end_of_text
 
+BATCH_SIZE = 128
+"""Texts at a time, unless another number is asked for."""
+
 
 def pooled_rows(
     run: Callable[..., jax.Array],

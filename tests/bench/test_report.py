@@ -186,6 +186,44 @@ def test_the_scan_tells_how_many_cores_others_took():
     assert "Some CPU, at most 0.04 CPU cores taken by others; random weights" in text
 
 
+FEATURES = {
+    "date": "2026-01-02T03:04:05+00:00",
+    "commit": "0123456789",
+    "dirty": False,
+    "platform": "cpu",
+    "device": "Some CPU",
+    "versions": {"python": "3.14.1", "jax": "0.12.0"},
+    "rounds": 9,
+    "sizes": {"texts": 256, "min": 6.0, "max": 50.0, "q1": 11.0, "q3": 18.0, "median": 14.0},
+    "features": [
+        {
+            "model": "ViT-B/32",
+            "dtype": "float32",
+            "other_cores": cores,
+            "relative_error": 1.23e-6,
+            "texts_per_second": {
+                "in buckets": {"median": 123.4, "q1": 120.0, "q3": 130.0},
+                "whole": {"median": 40.0, "q1": 39.0, "q3": 41.0},
+            },
+            "ratio": {"median": 0.3251, "min": 0.31, "max": 0.333},
+        }
+        for cores in (0.02, 0.04)
+    ],
+}
+
+
+def test_text_features_in_buckets_and_whole():
+    assert places(FEATURES) == [("bench:features", "bench/README.md")]
+    *_, row, _, caption = render(FEATURES, "features.json").splitlines()
+    assert row == "| ViT-B/32, float32 | 123 (120 to 130) | 40.0 (39.0 to 41.0) | 0.33 (0.31 to 0.33) | 1.2e-06 |"
+    assert caption.startswith("256 random captions of 6 to 50 tokens, half of them 11 to 18,")
+    assert (
+        "Some CPU, at most 0.04 CPU cores taken by others; jax 0.12.0 on python 3.14.1; 2026-01-02, commit 0123456;"
+        in caption
+    )
+    assert places({**FEATURES, "platform": "gpu"}) == [("bench:features:gpu", "bench/README.md")]
+
+
 FLOPS = {
     "python": "3.11.7",
     "versions": {"jax": "0.1"},
