@@ -11,7 +11,7 @@ from typing import Any
 from clip_jax.config import ClipTextConfig, T5EncoderConfig, TowerConfig, config_from_hf
 from clip_jax.convert.infer import encoder_width
 from clip_jax.convert.layouts import Encoder
-from clip_jax.convert.source import WEIGHTS, pick_weights
+from clip_jax.convert.source import ENCODER_FOLDER, WEIGHTS, open_source, pick_weights
 from clip_jax.errors import CheckpointError, ConfigError
 from clip_jax.tokenizers.files import exists, expanded, listing, names_in, read_json
 
@@ -55,7 +55,7 @@ def is_component_folder(path: Path) -> bool:
     if not path.is_dir():
         return False
     names = names_in(path)
-    described = names & {"model_index.json", "config.json"} or any(name.startswith("text_encoder") for name in names)
+    described = names & {"model_index.json", "config.json"} or any(map(ENCODER_FOLDER.fullmatch, names))
     return bool(described) or pick_weights(names) is None
 
 
@@ -73,8 +73,8 @@ def read_components(path: Path, skip: Collection[str] = ()) -> Components:
         index = read_json(path / "model_index.json")
         folders = _named_folders(path, index, skip)
         return Components({name: _read_component(folder, index[name]) for name, folder in folders.items()}, index)
-    folders = {folder.name: folder for folder in sorted(path.glob("text_encoder*")) if folder.is_dir()}
-    folders = {name: folder for name, folder in folders.items() if name not in skip}
+    folders = {name: path / name for name in sorted(filter(ENCODER_FOLDER.fullmatch, names_in(path)))}
+    folders = {name: folder for name, folder in folders.items() if name not in skip and folder.is_dir()}
     if not folders:
         if not exists(path / "config.json"):
             raise CheckpointError(
@@ -88,7 +88,7 @@ def read_components(path: Path, skip: Collection[str] = ()) -> Components:
 def _named_folders(path: Path, index: dict[str, Any], skip: Collection[str]) -> dict[str, Path]:
     """Folder name -> folder of the text encoders that a model_index.json names."""
     # [null, null] stands for a component that the pipeline was saved without.
-    names = [n for n, entry in index.items() if n.startswith("text_encoder") and entry not in (None, [None, None])]
+    names = [n for n, entry in index.items() if ENCODER_FOLDER.fullmatch(n) and entry not in (None, [None, None])]
     if not names:
         raise CheckpointError(
             f"{path} is a {index.get('_class_name', 'pipeline')} without a text_encoder "
@@ -142,7 +142,11 @@ def _read_component(folder: Path, entry: object = None) -> Component:
     if not exists(folder / "config.json"):
         raise CheckpointError(f"{folder} has no config.json; expected one beside the weights. Copy it as well.")
     named = entry[1] if isinstance(entry, list) and len(entry) == 2 else None
-    return _component(folder, read_json(folder / "config.json"), named)
+    hf = read_json(folder / "config.json")
+    if named is None and hf.get("model_type") == "clip_text_model" and not hf.get("architectures"):
+        # Where no class is named, the weights tell whether it projects.
+        named = "CLIPTextModelWithProjection" if "text_projection.weight" in open_source(folder).state else None
+    return _component(folder, hf, named)
 
 
 def _component(folder: Path, hf: dict[str, Any], named: str | None) -> Component:

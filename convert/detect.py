@@ -20,8 +20,14 @@ def find_family(path: Path, found: Components, name: str | None) -> Family:
     Raises:
         CheckpointError: None fits, or several; says why not.
     """
-    pipeline = str(found.index.get("_class_name"))
+    pipeline = str(found.index.get("_class_name", ""))
     hinted = [family for family in FAMILIES.values() if pipeline in family.pipelines]
+    if pipeline and not hinted and name is None:
+        raise CheckpointError(
+            f"{path} is a {pipeline}, of which it is not known what it takes of its text encoders; expected a pipeline "
+            f"of one of the families {', '.join(FAMILIES)}. If it takes the same as one of these, pass family= "
+            f"(--family); the classes of clip_jax.compat read its text encoders one by one."
+        )
     candidates = [family_called(name)] if name else hinted or list(FAMILIES.values())
     mismatches = {family.name: _mismatch(family, found) for family in candidates}
     fitting = [family for family in candidates if mismatches[family.name] is None]
@@ -71,6 +77,8 @@ def find_family_of(
     if len(fitting) == 1:
         return fitting[0]
     found = ", ".join(configs) or "no text encoder"
+    if found == "t5" and not fitting:
+        found += " alone (which clip_jax.compat.FlaxT5EncoderModel reads)"
     if fitting:
         raise CheckpointError(
             f"{where} holds {found}, which could be of any of the families {', '.join(f.name for f in fitting)}. Pass "

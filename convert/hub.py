@@ -13,12 +13,11 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from clip_jax.convert.readers.tensor_file import parse_json_object
-from clip_jax.convert.source import no_weights, pick_weights, read_index
+from clip_jax.convert.source import ENCODER_FOLDER, no_weights, pick_weights, read_index
 from clip_jax.errors import CheckpointError
 
 _MODEL_INDEX = "model_index.json"  # at the root of a diffusers pipeline
-_ENCODER = re.compile(r"text_encoder[^/]*")
-_COMPONENT = re.compile(r"(text_encoder|tokenizer)[^/]*")
+_TOKENIZER = re.compile(r"tokenizer(_\d+)?")
 _SMALL_FILES = (
     "config.json",
     "open_clip_config.json",
@@ -65,9 +64,9 @@ def fetch(repo_id: str, access: Access | None = None, *, progress: bool | None =
     """Downloads what text encoding needs of a repository into the cache of `huggingface_hub`.
 
     That is, of a diffusers pipeline, `model_index.json` and the configs, weights and tokenizer files in
-    `text_encoder*/` and `tokenizer*/`; of any other repository, the same kinds of files at its root. Of
-    several copies of the weights only the one that `open_source` reads is downloaded. If the Hub cannot be
-    reached, or refuses, a copy that is already in the cache is used.
+    `text_encoder/`, `text_encoder_2/`, ..., `tokenizer/`, ...; of any other repository, the same kinds of
+    files at its root. Of several copies of the weights only the one that `open_source` reads is downloaded.
+    If the Hub cannot be reached, or refuses, a copy that is already in the cache is used.
 
     Args:
         repo_id: Such as "stable-diffusion-v1-5/stable-diffusion-v1-5".
@@ -107,8 +106,8 @@ def needed_files(repo_id: str, names: Collection[str], wanted: str | None = None
         folder, _, file = name.rpartition("/")
         contents[folder].add(file)
     pipeline = wanted is None and _MODEL_INDEX in names
-    folders = sorted(filter(_COMPONENT.fullmatch, contents)) if pipeline else [wanted or ""]
-    encoders = list(filter(_ENCODER.fullmatch, folders)) if pipeline else folders
+    folders = sorted(filter(_is_component, contents)) if pipeline else [wanted or ""]
+    encoders = list(filter(ENCODER_FOLDER.fullmatch, folders)) if pipeline else folders
     if wanted and wanted not in contents:
         raise CheckpointError(
             f"{repo_id}: expected a folder {wanted}, found {', '.join(sorted(contents)[:20]) or 'nothing'}. Check"
@@ -172,7 +171,7 @@ def _cached(repo_id: str, access: Access) -> Path:
     find([str(parent / file) for parent in parents for file in _SMALL_FILES])
     if access.folder is None and _MODEL_INDEX in names:
         index = parse_json_object(folder / _MODEL_INDEX, (folder / _MODEL_INDEX).read_bytes())
-        named = [key for key, value in index.items() if _COMPONENT.fullmatch(key) and value != [None, None]]
+        named = [key for key, value in index.items() if _is_component(key) and value != [None, None]]
         absent = [key for key in named if key not in access.skip and PurePosixPath(key) not in parents]
         if absent:
             raise CheckpointError(
@@ -181,6 +180,10 @@ def _cached(repo_id: str, access: Access) -> Path:
             )
     _shards(repo_id, folder, needed, names)
     return folder
+
+
+def _is_component(folder: str) -> bool:
+    return bool(ENCODER_FOLDER.fullmatch(folder) or _TOKENIZER.fullmatch(folder))
 
 
 def _wanted(names: Iterable[str], skip: Collection[str]) -> set[str]:

@@ -33,6 +33,9 @@ WEIGHTS = (
 )
 """File names of the weights of a component folder, best first, as transformers, diffusers and open_clip write them."""
 
+ENCODER_FOLDER = re.compile(r"text_encoder(_\d+)?")
+"""Folders of a pipeline with a text encoder each; `text_encoders` beside them has files of other programs."""
+
 _WEIGHTS_FILE = re.compile(r".*\.(safetensors|bin|msgpack|h5|gguf|ckpt|pt|pth|onnx)")
 _SHARD = re.compile(r"[\w.-]+\.(safetensors|bin|msgpack)")  # a plain name: an index must not lead out of its folder
 _MAX_LISTED = 20  # faults in one message
@@ -106,7 +109,8 @@ def open_source(path: Path) -> TensorSource:
     if not path.is_dir():
         return TensorSource([open_file(path)])
     names = names_in(path)
-    weights = pick_weights(names)
+    # An index may have come without its shards, beside a variant that is whole.
+    weights = pick_weights({name for name in names if not _is_empty_index(path / name, names)}) or pick_weights(names)
     if weights is None:
         raise no_weights(str(path), names)
     return open_source(path / weights)
@@ -142,6 +146,11 @@ def read_index(path: Path) -> dict[str, str]:
             " Get the checkpoint from a place that you trust."
         )
     return weight_map
+
+
+def _is_empty_index(path: Path, names: Collection[str]) -> bool:
+    """Whether this is an index of shards none of which is there."""
+    return path.name in WEIGHTS and ".index." in path.name and not set(read_index(path).values()) & set(names)
 
 
 def _open_shards(index: Path, names: Collection[str]) -> TensorSource:

@@ -48,7 +48,8 @@ class ForeignTower:
         source: The files that hold them.
         map: Where its parameters are among them.
         tokenizer_folder: Where its tokenizer should be, if anywhere.
-        pad_token: Of its tokenizer, if there is none.
+        pad_token: Of its tokenizer, if there is none, or one that came with a whole CLIP.
+        whole: Whether the source is a whole CLIP, or what is left of one, rather than a part of a pipeline.
     """
 
     config: TowerConfig
@@ -57,6 +58,7 @@ class ForeignTower:
     map: KeyMap
     tokenizer_folder: Path | None
     pad_token: str
+    whole: bool = False
 
     @property
     def state(self) -> StateDict:
@@ -129,7 +131,8 @@ class ForeignTower:
         folder = self.tokenizer_folder
         if isinstance(self.config, ClipTextConfig):
             if folder is not None and any(exists(folder / name) for name in _CLIP_TOKENIZER_FILES):
-                return read_tokenizer(self.config, folder)
+                # OpenCLIP's models were trained on rows padded with "!", whatever the tokenizers beside them say.
+                return ClipTokenizer.from_folder(folder, self.pad_token if self.whole else None)
             return ClipTokenizer.packaged(self.pad_token, self.config.max_position_embeddings)
         found = None if folder is None else T5Tokenizer.find(folder)  # beside a file CLIP's may lie as well
         if found is None and "tokenizer.ggml.tokens" in self.source.metadata:
@@ -160,7 +163,8 @@ def open_tower(
         tokenizer_folder: Where its tokenizer should be, if anywhere.
         where: The source, for messages.
         projection: How `text_projection` is stored.
-        whole: Whether the encoder may have blocks that the family leaves out (SD 2: the last of 24).
+        whole: Whether the source is a whole CLIP, or may be what is left of one: it may have blocks that the family
+            leaves out (SD 2: the last of 24), and its tokenizer may pad otherwise.
 
     Raises:
         CheckpointError: The tensors are not those of the architecture, or `text_projection` is a dummy.
@@ -182,7 +186,7 @@ def open_tower(
                 f"checkpoint that has it; it is never made up."
             )
     key_map = map_keys(encoder.state, config, _what(encoder, where), source_blocks=source_blocks)
-    return ForeignTower(config, encoder, source, key_map, tokenizer_folder, tower.pad_token)
+    return ForeignTower(config, encoder, source, key_map, tokenizer_folder, tower.pad_token, whole)
 
 
 def open_alone(config: TowerConfig, encoder: Encoder, source: TensorSource, where: str) -> ForeignTower:

@@ -13,6 +13,7 @@ import pytest
 import clip_jax
 from clip_jax import FAMILIES, CheckpointError, ClipJaxError, ConfigError, PromptTooLongError, Tokens, text_embeddings
 from clip_jax.buckets import of_every_length, without_tails
+from clip_jax.tokenizers import ClipTokenizer
 from tests.checkpoints import TINY, TINY_G, TINY_T5, hf_state, t5_state, write_family, write_text_encoder
 
 L, G, T5 = TINY.hidden_size, TINY_G.hidden_size, TINY_T5.d_model
@@ -534,6 +535,26 @@ def test_rows_are_as_long_as_positions_and_tokenizer_allow():
     config = dataclasses.replace(clip_jax.ClipTextConfig.sd15(), max_position_embeddings=248)
     family = FAMILIES["sd15"].with_configs({"clip_l": config})
     assert [family.row_length(family.towers[0], length) for length in (77, 1000)] == [77, 248]
+
+
+def test_rows_that_are_joined_are_as_long_as_the_shorter(tmp_path):
+    """A LongCLIP beside bigG: SDXL joins the rows of both, and FLUX takes of CLIP-L none but the pooled one."""
+    long = dataclasses.replace(TINY, max_position_embeddings=248)
+    folder = write_family(tmp_path / "sdxl", FAMILIES["sdxl"])
+    state = hf_state(long, seed=1)
+    write_text_encoder(folder / "text_encoder", long.to_hf(), state)
+    ClipTokenizer.packaged(model_max_length=248).save(folder / "tokenizer")
+    encoder = clip_jax.load(folder, family="sdxl")
+    assert encoder("a cat").prompt_embeds.shape == (2, 77, L + G)
+    cut = {name: array[:77] if "position_embedding" in name else array for name, array in state.items()}
+    write_text_encoder(folder / "text_encoder", dataclasses.replace(long, max_position_embeddings=77).to_hf(), cut)
+    short = clip_jax.load(folder, family="sdxl")
+    np.testing.assert_allclose(encoder("a cat").prompt_embeds, short("a cat").prompt_embeds, atol=1e-6)
+    with pytest.raises(PromptTooLongError, match="more than 77 tokens"):
+        encoder(" ".join(["cat"] * 100))
+    towers = FAMILIES["flux"].towers
+    flux = FAMILIES["flux"].with_configs({"clip_l": long, "t5": towers[1].config})
+    assert flux.row_length(flux.towers[0], 1000) == 248
 
 
 @pytest.mark.parametrize("end", [0, 2, 49407])

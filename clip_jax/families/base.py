@@ -78,7 +78,7 @@ class Family:
     Attributes:
         name: As in `clip_jax.load(..., family=name)`.
         title: For people.
-        pipelines: The `_class_name`s of `model_index.json` that belong to it.
+        pipelines: The `_class_name`s of `model_index.json` that belong to it: those whose `encode_prompt` is the same.
         towers: Its text encoders.
         guidance: Whether the unconditional rows are part of the batch by default.
         zero_negative: Whether no negative prompt means zeros rather than the empty prompt.
@@ -115,7 +115,13 @@ class Family:
     def row_length(self, tower: Tower, model_max_length: int, max_sequence_length: int | None = None) -> int:
         """How many tokens a tower is given: those of CLIP's positions or of its tokenizer, or T5's rows."""
         if isinstance(tower.config, ClipTextConfig):
-            return min(model_max_length, tower.config.max_position_embeddings)
+            # Rows that are joined are as long as the shortest: one of the towers may be a LongCLIP, with 248 positions.
+            alike = [
+                other.config.max_position_embeddings
+                for other in self.towers
+                if isinstance(other.config, ClipTextConfig) and other.pooled_only == tower.pooled_only
+            ]
+            return min(model_max_length, *alike)
         return max_sequence_length or self.max_sequence_length or model_max_length
 
     def without(self, names: str | Iterable[str]) -> Family:

@@ -22,8 +22,11 @@ FLUX = Family(
     name="flux",
     title="FLUX.1",
     pipelines=frozenset(
-        f"Flux{task}Pipeline"
-        for task in ("", "Img2Img", "Inpaint", "Fill", "Control", "ControlNet", "Kontext", "ControlImg2Img")
+        f"{name}Pipeline"
+        for name in """
+        Flux FluxImg2Img FluxInpaint FluxFill FluxKontext FluxKontextInpaint FluxPriorRedux FluxControl
+        FluxControlImg2Img FluxControlInpaint FluxControlNet FluxControlNetImg2Img FluxControlNetInpaint
+        """.split()
     ),
     towers=(
         Tower(name="clip_l", config=ClipTextConfig.sd15(), pooled_only=True),

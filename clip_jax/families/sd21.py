@@ -11,11 +11,6 @@ from clip_jax.families.sd15 import STABLE_DIFFUSION_PIPELINES
 SD21 = Family(
     name="sd21",
     title="Stable Diffusion 2.x",
-    pipelines=STABLE_DIFFUSION_PIPELINES
-    | {
-        "StableDiffusionUpscalePipeline",
-        "StableDiffusionDepth2ImgPipeline",
-        "StableDiffusionLatentUpscalePipeline",
-    },
+    pipelines=STABLE_DIFFUSION_PIPELINES,
     towers=(Tower(name="clip_h", config=ClipTextConfig.sd21(), pad_token="!"),),
 )

@@ -45,7 +45,8 @@ SD3 = Family(
     name="sd3",
     title="Stable Diffusion 3 and 3.5",
     pipelines=frozenset(
-        f"StableDiffusion3{task}Pipeline" for task in ("", "Img2Img", "Inpaint", "ControlNet", "ControlNetInpainting")
+        f"StableDiffusion3{task}Pipeline"
+        for task in ("", "Img2Img", "Inpaint", "ControlNet", "ControlNetInpainting", "PAG", "PAGImg2Img")
     ),
     towers=(
         dataclasses.replace(

@@ -96,12 +96,22 @@ CLIP_G = Tower(
     final_norm=False,
 )
 
-_TASKS = ("", "Img2Img", "Inpaint", "ControlNet", "ControlNetImg2Img", "ControlNetInpaint")
+_PIPELINES = frozenset(
+    f"{name}Pipeline"
+    for name in """
+    StableDiffusionXL StableDiffusionXLImg2Img StableDiffusionXLInpaint StableDiffusionXLAdapter
+    StableDiffusionXLControlNet StableDiffusionXLControlNetImg2Img StableDiffusionXLControlNetInpaint
+    StableDiffusionXLControlNetPAG StableDiffusionXLControlNetPAGImg2Img StableDiffusionXLControlNetXS
+    StableDiffusionXLControlNetUnion StableDiffusionXLControlNetUnionImg2Img StableDiffusionXLControlNetUnionInpaint
+    StableDiffusionXLPAG StableDiffusionXLPAGImg2Img StableDiffusionXLPAGInpaint
+    AnimateDiffSDXL TextToVideoZeroSDXL FlaxStableDiffusionXL
+    """.split()
+)
 
 SDXL = Family(
     name="sdxl",
     title="Stable Diffusion XL",
-    pipelines=frozenset(f"StableDiffusionXL{task}Pipeline" for task in _TASKS),
+    pipelines=_PIPELINES,
     towers=(CLIP_L, CLIP_G),
     zero_negative=True,
     zero_negative_key="force_zeros_for_empty_prompt",
@@ -116,7 +126,7 @@ def _join_refiner(outputs: Mapping[str, TowerOutput], max_sequence_length: int |
 SDXL_REFINER = Family(
     name="sdxl_refiner",
     title="Stable Diffusion XL refiner",
-    pipelines=SDXL.pipelines,
+    pipelines=_PIPELINES,
     towers=(dataclasses.replace(CLIP_G, prompt="prompt"),),
     zero_negative_key="force_zeros_for_empty_prompt",
     join=_join_refiner,

@@ -1,5 +1,6 @@
 """CLIP's tokenizer: prompts to padded ids, on the host."""
 
+import dataclasses
 from pathlib import Path
 from typing import ClassVar, Self
 
@@ -50,11 +51,18 @@ class ClipTokenizer(RowTokenizer):
         return cls(packaged_recipe(pad_token, model_max_length))
 
     @classmethod
-    def from_folder(cls, folder: Path) -> Self:
+    def from_folder(cls, folder: Path, pad_token: str | None = None) -> Self:
         """Reads a tokenizer folder: vocab.json and merges.txt, or tokenizer.json; see `folder.read_folder`.
+
+        Args:
+            folder: The folder.
+            pad_token: To pad with, whatever the folder says.
 
         Raises:
             CheckpointError: files are missing, unreadable, or of another kind of tokenizer, or name a special
                 token that the vocabulary does not have.
         """
-        return cls(read_folder(Path(folder)))
+        recipe = read_folder(Path(folder))
+        if pad_token is not None:
+            recipe = dataclasses.replace(recipe, special={**recipe.special, "pad_token": pad_token})
+        return cls(recipe)

@@ -43,9 +43,13 @@ _IGNORED = frozenset(
         "builtins.set",
         "__builtin__.list",
         "__builtin__.set",
+        "collections.Counter",
+        "numpy.core.multiarray._reconstruct",
         "numpy.core.multiarray.scalar",
+        "numpy._core.multiarray._reconstruct",
         "numpy._core.multiarray.scalar",
         "numpy.dtype",
+        "numpy.ndarray",
         "torch.device",
         "torch.jit._pickle.build_boollist",
         "torch.jit._pickle.build_doublelist",
@@ -157,6 +161,8 @@ class _Machine:
         if not isinstance(target, dict) or len(items) % 2:
             raise TypeError("expected a dict to set items of")
         for key, value in zip(items[::2], items[1::2], strict=True):
+            if isinstance(key, tuple):  # of settings: no tensor is called so, and to hash it may take for ever
+                continue
             # Of longer numbers as many as one likes have the same hash, and the dict would go through all of them.
             endless = type(key) is int and key >> 63 not in (0, -1)
             if endless or not isinstance(key, str | int | float | bytes | Global | None):

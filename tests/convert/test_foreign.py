@@ -1,5 +1,6 @@
 """Foreign checkpoints through `load` and `convert`: the spellings that are read, and all that is refused."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -17,6 +18,7 @@ from clip_jax.params.shapes import flatten
 from clip_jax.tokenizers import ClipTokenizer
 from tests.checkpoints import (
     TINY,
+    TINY_G,
     TINY_H,
     digests,
     hf_state,
@@ -288,6 +290,51 @@ def test_what_the_model_index_names_must_be_there(pipeline, entries, message):
     index = {"_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "UNet2DConditionModel"]}
     (pipeline / "model_index.json").write_text(json.dumps(index | entries))
     refused(pipeline, message)
+
+
+@pytest.mark.parametrize("name", ["AmusedPipeline", "StableDiffusionLatentUpscalePipeline", ["my_file", "MyPipeline"]])
+def test_pipelines_that_may_take_something_else_are_not_taken_for_granted(pipeline, encoder, name):
+    edit_json(pipeline / "model_index.json", _class_name=name)
+    refused(
+        pipeline, r"Pipeline.*, of which it is not known what it takes .* pass family= .*clip_jax.compat", family=None
+    )
+    np.testing.assert_array_equal(
+        clip_jax.load(pipeline, family="sd15")("a cat").prompt_embeds, encoder("a cat").prompt_embeds
+    )
+
+
+@pytest.mark.parametrize(
+    "name", ["FlaxStableDiffusionPipeline", "AnimateDiffPipeline", "LatentConsistencyModelPipeline"]
+)
+def test_pipelines_that_encode_as_others_do(pipeline, small_families, monkeypatch, name):
+    edit_json(pipeline / "model_index.json", _class_name=name)
+    alike = dataclasses.replace(FAMILIES["small_l"], pipelines=FAMILIES["sd15"].pipelines)
+    monkeypatch.setitem(FAMILIES, "small_l", alike)
+    assert clip_jax.info(pipeline).family == alike
+
+
+def test_of_a_whole_clip_the_family_knows_the_pad_token(tiny_sd21, tmp_path):
+    """The tokenizer beside OpenCLIP's weights pads with another token than SD 2.x, which was trained on them."""
+    source = write_clip_model(tmp_path / "clip", TINY_H, hf_state(TINY_H))
+    ClipTokenizer.packaged("<|endoftext|>").save(source)
+    ids = clip_jax.load(tiny_sd21, family="sd21").tokenize("a cat!").cond["clip_h"]
+    np.testing.assert_array_equal(clip_jax.load(source, family="sd21").tokenize("a cat!").cond["clip_h"], ids)
+    out = convert(source, tmp_path / "out", family="sd21")
+    np.testing.assert_array_equal(clip_jax.load(out).tokenize("a cat!").cond["clip_h"], ids)
+
+    alone = write_text_encoder(tmp_path / "alone", TINY_H.to_hf(), hf_state(TINY_H))  # a part of some pipeline
+    ClipTokenizer.packaged("<|endoftext|>").save(alone)
+    assert clip_jax.load(alone, family="sd21").tokenizers["clip_h"].pad_token == "<|endoftext|>"
+
+
+def test_where_no_class_is_named_the_weights_tell_whether_it_projects(tmp_path):
+    hf = {name: value for name, value in TINY_G.to_hf().items() if name != "architectures"}
+    with_projection = write_text_encoder(tmp_path / "with", hf, hf_state(TINY_G))
+    assert clip_jax.info(with_projection, family="sdxl_refiner").family.name == "sdxl_refiner"
+    state = {name: array for name, array in hf_state(TINY_G).items() if name != "text_projection.weight"}
+    without = write_text_encoder(tmp_path / "without", hf, state)
+    with pytest.raises(CheckpointError, match="expected a CLIPTextModelWithProjection"):
+        clip_jax.info(without, family="sdxl_refiner")
 
 
 @pytest.mark.parametrize(

@@ -293,7 +293,9 @@ def test_two_of_a_kind_are_refused(tmp_path):
 
 def test_t5_alone_is_no_family(tmp_path):
     refused(
-        write(tmp_path, T5), r"holds t5; expected the text encoders of a family \(.*flux: clip_l, t5\)\. Name the files"
+        write(tmp_path, T5),
+        r"holds t5 alone \(which clip_jax.compat.FlaxT5EncoderModel reads\); expected the text encoders of a family "
+        r"\(.*flux: clip_l, t5\)\. Name the files",
     )
 
 

@@ -67,6 +67,10 @@ LEFT = {
     "unet/diffusion_pytorch_model.safetensors": b"x",
     "vae/diffusion_pytorch_model.safetensors": b"x",
     "my_text_encoder/config.json": b"x",
+    "text_encoders/clip_g.safetensors": b"x",  # as in the repos of SD 3.5, for other programs
+    "text_encoders/t5xxl_fp16.safetensors": b"x",
+    "text_encoder_onnx/model.onnx": b"x",
+    "tokenizers/vocab.json": b"x",
 }
 REPO = "owner/pipe"
 

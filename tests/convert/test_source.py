@@ -91,6 +91,28 @@ def test_an_index_by_its_own_path(tmp_path):
     assert set(open_source(tmp_path / "other.safetensors.index.json").state) == {"a"}
 
 
+def test_an_index_that_came_without_its_shards_is_passed_over(tmp_path):
+    """As downloads of "*.json" and "*fp16*" leave it."""
+    save_index(tmp_path, {"a": "model-1.safetensors", "b": "model-2.safetensors"})
+    save(tmp_path / "model.fp16-1.safetensors", a=1)
+    save(tmp_path / "model.fp16-2.safetensors", b=2)
+    save_index(tmp_path, {"a": "model.fp16-1.safetensors", "b": "model.fp16-2.safetensors"}, ".fp16")
+    assert {path.name for path in open_source(tmp_path).files} == {
+        "model.fp16-1.safetensors",
+        "model.fp16-2.safetensors",
+    }
+
+    save(tmp_path / "model-2.safetensors", b=1)  # a part of it is there
+    with pytest.raises(CheckpointError, match=r"2 shards .* 1 are missing: model-1.safetensors"):
+        open_source(tmp_path)
+
+
+def test_an_index_without_shards_beside_nothing_else(tmp_path):
+    save_index(tmp_path, {"a": "model-1.safetensors"})
+    with pytest.raises(CheckpointError, match=r"1 shards .* 1 are missing: model-1.safetensors"):
+        open_source(tmp_path)
+
+
 def test_all_missing_shards_are_named(tmp_path):
     save(tmp_path / "model-2.safetensors", b=1)
     save_index(tmp_path, {name: f"model-{i}.safetensors" for i, name in enumerate("abc", 1)})

@@ -1,7 +1,10 @@
 """The whole way, folder to embeddings, against the `encode_prompt` of diffusers' own pipelines."""
 
+import ast
 import dataclasses
 import functools
+import inspect
+import textwrap
 from types import SimpleNamespace
 
 import diffusers
@@ -371,3 +374,35 @@ def test_control_one_token_more(pairs, name, assert_parity):
     assert jax.tree.map(np.shape, ours) == jax.tree.map(np.shape, encoder(CAT, max_sequence_length=64))
     with pytest.raises(AssertionError, match="max abs error"):
         compare(ours, theirs, assert_parity)
+
+
+def encode_prompt(name):
+    """What `encode_prompt` of a pipeline does; one name of an argument is told apart in some."""
+    source = textwrap.dedent(inspect.getsource(getattr(diffusers, name).encode_prompt))
+    (function,) = ast.parse(source.replace("num_videos_per_prompt", "num_images_per_prompt")).body
+    _, *statements = function.body  # without the docstring
+    return [ast.dump(statement) for statement in statements]
+
+
+@pytest.mark.parametrize(
+    ("name", "reference"),
+    {
+        "sd15": "StableDiffusionPipeline",
+        "sd21": "StableDiffusionPipeline",
+        "sdxl": "StableDiffusionXLPipeline",
+        "sdxl_refiner": "StableDiffusionXLImg2ImgPipeline",
+        "sd3": "StableDiffusion3Pipeline",
+        "flux": "FluxPipeline",
+    }.items(),
+)
+def test_pipelines_of_a_family_encode_alike(name, reference):
+    """What `model_index.json` may name, less the Flax classes, which diffusers no longer has."""
+    pipelines = {pipeline for pipeline in clip_jax.FAMILIES[name].pipelines if not pipeline.startswith("Flax")}
+    assert reference in pipelines
+    assert {pipeline for pipeline in pipelines if encode_prompt(pipeline) != encode_prompt(reference)} == set()
+
+
+def test_a_pipeline_that_encodes_otherwise_is_of_no_family():
+    for name in ("StableDiffusionLatentUpscalePipeline", "StableDiffusionXLInstructPix2PixPipeline"):
+        assert encode_prompt(name) not in (encode_prompt(f"StableDiffusion{n}Pipeline") for n in ("", "XL", "3"))
+        assert not any(name in family.pipelines for family in clip_jax.FAMILIES.values())

@@ -2,6 +2,7 @@
 
 import collections
 
+import numpy as np
 import pytest
 import torch
 
@@ -46,6 +47,24 @@ def test_torch_save(tmp_path, name, wrapped, as_zip):
         assert file.tensors[key].shape == file.read(key).shape == tuple(tensor.shape)
         assert file.tensors[key].dtype.name == str(tensor.dtype).removeprefix("torch.")
         assert file.read(key).tobytes() == bits(tensor)
+
+
+BESIDE = {
+    "milestones of a scheduler": {"lr_schedulers": [{"milestones": collections.Counter([3])}]},
+    "an array": {"losses": np.arange(3.0)},
+    "tuples for keys": {"sizes": {("a", 1): 2, ((), "b"): 3}},
+}
+
+
+@pytest.mark.parametrize("as_zip", [True, False])
+@pytest.mark.parametrize("name", BESIDE)
+def test_what_training_leaves_beside_a_state_dict(tmp_path, name, as_zip):
+    state = states()["module"]
+    saved = {**BESIDE[name], "state_dict": state}
+    torch.save(saved, tmp_path / "x", _use_new_zipfile_serialization=as_zip)
+    file = open_file(tmp_path / "x")
+    assert all(file.read(key).tobytes() == bits(tensor) for key, tensor in state.items())
+    assert set(file.tensors) == set(state)
 
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
