@@ -109,10 +109,11 @@ def open_source(path: Path) -> TensorSource:
     if not path.is_dir():
         return TensorSource([open_file(path)])
     names = names_in(path)
-    # An index may have come without its shards, beside a variant that is whole.
-    weights = pick_weights({name for name in names if not _is_empty_index(path / name, names)}) or pick_weights(names)
-    if weights is None:
+    found = [name for name in WEIGHTS if name in names]
+    if not found:
         raise no_weights(str(path), names)
+    # An index may have come without its shards, beside a variant that is whole.
+    weights = next((name for name in found if not _is_empty_index(path / name, names)), found[0])
     return open_source(path / weights)
 
 
@@ -150,7 +151,7 @@ def read_index(path: Path) -> dict[str, str]:
 
 def _is_empty_index(path: Path, names: Collection[str]) -> bool:
     """Whether this is an index of shards none of which is there."""
-    return path.name in WEIGHTS and ".index." in path.name and not set(read_index(path).values()) & set(names)
+    return ".index." in path.name and not set(read_index(path).values()) & set(names)
 
 
 def _open_shards(index: Path, names: Collection[str]) -> TensorSource:

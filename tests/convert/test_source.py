@@ -107,6 +107,12 @@ def test_an_index_that_came_without_its_shards_is_passed_over(tmp_path):
         open_source(tmp_path)
 
 
+def test_what_comes_after_what_is_read_is_not_looked_at(tmp_path):
+    save(tmp_path / "model.safetensors", a=1)
+    (tmp_path / "model.safetensors.index.fp16.json").write_text("damaged")
+    assert [path.name for path in open_source(tmp_path).files] == ["model.safetensors"]
+
+
 def test_an_index_without_shards_beside_nothing_else(tmp_path):
     save_index(tmp_path, {"a": "model-1.safetensors"})
     with pytest.raises(CheckpointError, match=r"1 shards .* 1 are missing: model-1.safetensors"):
