@@ -135,6 +135,7 @@ def _listed(encoders: list[Encoder]) -> str:
 
 # What other state dicts are recognised by, for the message.
 _OTHERS = {
+    r".*\.weight\._(data|scale)": "a model quantised by quanto, which is not read",
     r"(.*\.)?transformer\.(embeddings|encoder|shared)\..*word_embeddings.*": "an OpenCLIP model around another encoder",
     r"model\.diffusion_model\..*": "a diffusion model without text encoders",
     r"(.*\.)?double_blocks\..*": "FLUX's transformer without text encoders",

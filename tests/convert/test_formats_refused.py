@@ -168,6 +168,13 @@ OTHERS = {
         {"text_encoder.text_model.encoder.layers.0.mlp.fc1.lora_A.weight": array(2)},
         "found the tensors of a LoRA",
     ),
+    "quanto": (
+        {
+            "encoder.block.0.layer.0.SelfAttention.q.weight._data": array(2, 2),
+            "encoder.block.0.layer.0.SelfAttention.q.weight._scale": array(2),
+        },
+        "found the tensors of a model quantised by quanto, which is not read",
+    ),
     "BERT": ({"bert.embeddings.word_embeddings.weight": array(2)}, "found the tensors of a BERT model"),
     "a language model": ({"model.layers.0.mlp.up_proj.weight": array(2)}, "a decoder-only language model"),
     "a language model of llama.cpp": (
