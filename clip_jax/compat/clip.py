@@ -123,7 +123,7 @@ class FlaxCLIPTextModelWithProjection(FlaxCLIPTextPreTrainedModel):
             params: To use instead of the model's own.
             dropout_rng: Accepted; there is no dropout.
             train: Changes nothing for a config without dropout.
-            batch_size: The most texts at a time.
+            batch_size: The most texts at a time; an accelerator may want more than by default.
 
         Returns:
             [N, P], the row at the end-of-text token, projected, not normalised.

@@ -108,6 +108,12 @@ def run(sizes, batch_size, length=77, longest=77):
 
 def test_texts_of_like_length_go_together_the_longest_first():
     assert run([3, 60, 5, 4, 17, 20, 8, 2], 2) == [(2, 77), (2, 32), (2, 8), (2, 8)]
+    assert run([5] * 70 + [20] * 40 + [60] * 33, 64) == [(64, 77), (64, 32), (64, 8), (8, 8)]
+
+
+def test_where_few_are_left_shorter_ones_join_them():
+    assert run([5] * 40 + [60] * 2, 64) == [(32, 77), (16, 8)]
+    assert run([5] * 20 + [60] * 2 + [12] * 8, 64) == [(32, 77)]
 
 
 def test_the_last_batch_is_filled_up_to_one_of_a_few_sizes():
