@@ -89,8 +89,7 @@ def of_every_length(tokens: Tokens, family: Family) -> list[Tokens]:
             cond=ending_at(length, tokens.cond),
             uncond=None if tokens.uncond is None else ending_at(length, tokens.uncond),
         )
-        for length in LENGTHS
-        if length <= longest
+        for length in sorted({min(bucket_of(size, LENGTHS), longest) for size in range(1, longest + 1)})
     ]
 
 

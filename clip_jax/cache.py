@@ -7,6 +7,7 @@ a known negative is encoded alone, and equal prompts of a batch are encoded once
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import operator
 import threading
 from collections import OrderedDict
@@ -24,6 +25,7 @@ from clip_jax.structs import TextEmbeddings, Tokens, is_traced
 #: How much is held where nothing else is said: about five hundred prompts of SD 1.5 with their negatives, in float32.
 CACHE_BYTES = 256 * 2**20
 
+_MAX_CHARACTERS = 2**16  # of the prompts of a call that is known by them: they are held too, and not counted
 _FEW = 16  # rows, or groups of rows, that one program joins
 
 
@@ -146,10 +148,13 @@ class EmbeddingCache:
 
 
 def call_key(prompts: Sequence[object], *options: Hashable) -> Hashable | None:
-    """What a whole call is known by; None where it is no call that could succeed."""
+    """What a whole call is known by; None where it is no call that could succeed, or its prompts are very long."""
     frozen = [
         tuple(given) if isinstance(given, Sequence) and not isinstance(given, str) else given for given in prompts
     ]
+    texts = itertools.chain.from_iterable(given if isinstance(given, tuple) else (given,) for given in frozen)
+    if sum(len(text) for text in texts if isinstance(text, str)) > _MAX_CHARACTERS:
+        return None
     try:
         hash(key := (*frozen, *_settings(), *options, *map(type, options)))  # True equals 1, but is no number of layers
     except TypeError:
@@ -190,7 +195,8 @@ def encode_cached(
     order = [key for side in keys for key in side]
     rows = {key: found for key in dict.fromkeys(order) if (found := cache.get(key, generation)) is not None}
     missing = [list(dict.fromkeys(key for key in side if key not in rows)) for side in keys]
-    missing[1:] = [[key for key in side if key not in missing[0]] for side in missing[1:]]
+    negative = set(missing[0])
+    missing[1:] = [[key for key in side if key not in negative] for side in missing[1:]]
     cache.missed(sum(map(len, missing)))
     whole = sum(map(len, missing)) == len(order)
     if whole:
@@ -247,9 +253,10 @@ def _part(
 ) -> tuple[Tokens, Skips]:
     """The ids of the wanted rows of each side; those of one side alone are prompts, whichever side it is."""
     ids = [side for side in (tokens.uncond, tokens.cond) if side is not None]
+    places = [{key: row for row, key in enumerate(known)} for known in keys]
     parts = [
-        (skip, {tower: np.asarray(rows)[[known.index(key) for key in some]] for tower, rows in side.items()})
-        for skip, side, known, some in zip(skips[-len(ids) :], ids, keys, wanted, strict=True)
+        (skip, {tower: np.asarray(rows)[[place[key] for key in some]] for tower, rows in side.items()})
+        for skip, side, place, some in zip(skips[-len(ids) :], ids, places, wanted, strict=True)
         if some
     ]
     *uncond, (skip, cond) = parts

@@ -186,6 +186,10 @@ def check_tokens(family: Family, tokens: Tokens) -> None:
         raise ClipJaxError("Tokens have both uncond and zero_uncond: expected one of them.")
     for tower in family.towers:
         rows = [side[tower.name] for side in sides.values()]
+        for row in rows:
+            if not hasattr(row, "dtype") or not jnp.issubdtype(row.dtype, jnp.integer):
+                found = getattr(row, "dtype", type(row).__name__)
+                raise ClipJaxError(f"Expected token ids of {tower.name} as arrays of integers, found {found}.")
         if any(row.shape != rows[0].shape or row.ndim != 2 for row in rows):
             raise ClipJaxError(
                 f"Expected token ids [B, L] of one shape for the prompts and the negative prompts of "
@@ -202,7 +206,7 @@ def check_tokens(family: Family, tokens: Tokens) -> None:
 def _check_range(ids: np.ndarray | jax.Array, tower: Tower) -> None:
     """What an embedding has no row for would become NaN without a word; what is on a device is not looked at."""
     # As unsigned ones, of which what is below zero is the largest: one look instead of two.
-    if isinstance(ids, np.ndarray) and ids.size and ids.dtype.kind in "iu":
+    if isinstance(ids, np.ndarray) and ids.size:
         largest = ids.view(f"u{ids.dtype.itemsize}").max()
         if largest >= tower.config.vocab_size:
             raise ClipJaxError(
@@ -232,8 +236,8 @@ def layers_taken(family: Family, tower: Tower, *skips: int | None) -> list[int]:
 
 
 def skips_of(tokens: Tokens, skips: Skips) -> Skips:
-    """Those that count, for there to be one program: without negative prompts none of theirs."""
-    return skips if tokens.uncond is not None else (None, skips[1])
+    """Those that count, for there to be one program: 0 is None, and without negative prompts none of theirs."""
+    return (skips[0] or None if tokens.uncond is not None else None), skips[1] or None
 
 
 def check_finite(embeddings: TextEmbeddings) -> None:

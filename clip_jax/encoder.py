@@ -20,7 +20,7 @@ from clip_jax.config import TowerConfig
 from clip_jax.embed import Params, Skips, check_finite, check_tokens, embed, layers_taken, skips_of
 from clip_jax.errors import ClipJaxError
 from clip_jax.families import Family
-from clip_jax.frozen import FrozenPrograms
+from clip_jax.frozen import FREEZING, FrozenPrograms
 from clip_jax.handover import Handover, pays, renewed
 from clip_jax.models import Attention, intercepted
 from clip_jax.params.cast import float_dtype
@@ -101,10 +101,12 @@ class TextEncoder:
     @dtype.setter
     def dtype(self, dtype: jax.typing.DTypeLike) -> None:
         self._dtype = float_dtype(dtype)
+        self.params = self._params  # renews what depends on it at once: a call may be running
 
     def __copy__(self) -> Self:
         copied = object.__new__(type(self))
-        copied.__dict__ |= {**self.__dict__, "_frozen": None, "_handover": None}
+        cache = self.cache and EmbeddingCache(self.cache.max_bytes)  # shared, each would forget what the other knows
+        copied.__dict__ |= {**self.__dict__, "cache": cache, "_frozen": None, "_handover": None}
         return copied
 
     def __getstate__(self) -> dict[str, Any]:
@@ -158,14 +160,14 @@ class TextEncoder:
             ClipJaxError: Not a str, lists of different lengths, arguments that the family does not take, or
                 float16 overflowed.
         """
-        call = None
-        if self.cache is not None and overflow == "error" and not intercepted():
+        call, cache = None, self.cache  # once: another thread may exchange it meanwhile
+        if cache is not None and overflow == "error" and not intercepted():
             # The same call as before: no tokens are needed to know what it returns.
             prompts = (prompt, negative_prompt, prompt_2, prompt_3, negative_prompt_2, negative_prompt_3)
             call = call_key(prompts, guidance, clip_skip, clip_skip_negative, max_sequence_length)
             params = self.params
-            generation = self.cache.renew(params, self._state(params))
-            if call is not None and (found := self.cache.get(call, generation)) is not None:
+            generation = cache.renew(params, self._state(params))
+            if call is not None and (found := cache.get(call, generation)) is not None:
                 return found
         tokens = self.tokenize(
             prompt,
@@ -179,8 +181,8 @@ class TextEncoder:
             overflow=overflow,
         )
         out = self.encode(tokens, clip_skip=clip_skip, clip_skip_negative=clip_skip_negative)
-        if self.cache is not None and call is not None:
-            self.cache.put(call, out, generation)
+        if cache is not None and call is not None:
+            cache.put(call, out, generation)
         return out
 
     def tokenize(
@@ -220,23 +222,21 @@ class TextEncoder:
         The batch is padded to one of a few sizes, so that another number of prompts seldom means another
         compilation; rows of the padding are cut off again. Ids of a tower of which only the pooled row is used
         are cut after the end of the text, at one of a few lengths: attention is causal, so that the row stays
-        the same.
-
-        Ids on a device are not looked up in the cache, nor is any row where a mesh holds the params.
+        the same. Ids on a device are not looked up in the cache, nor is any row where a mesh holds the params.
 
         Raises:
             ClipJaxError: Ids that the family does not take (`check_tokens`), no such layer to skip to, or float16
                 overflowed.
         """
         check_tokens(self.family, tokens)
-        skips = (clip_skip_negative, clip_skip)
         for tower in self.family.towers:  # also where nothing is to be computed
-            layers_taken(self.family, tower, *skips)
-        params = self.params  # once: another thread may exchange them meanwhile
+            layers_taken(self.family, tower, clip_skip_negative, clip_skip)
+        skips = skips_of(tokens, (clip_skip_negative, clip_skip))
+        params, cache = self.params, self.cache  # once: another thread may exchange them meanwhile
         run = functools.partial(self._run, params)
-        if self.cache is None or self.batch_sharding is not None or intercepted() or not on_host(tokens):
+        if cache is None or self.batch_sharding is not None or intercepted() or not on_host(tokens):
             return run(tokens, skips)
-        return encode_cached(self.cache, self.cache.renew(params, self._state(params)), tokens, skips, run)
+        return encode_cached(cache, cache.renew(params, self._state(params)), tokens, skips, run)
 
     @jax.transfer_guard_host_to_device("allow")
     def warmup(
@@ -258,7 +258,7 @@ class TextEncoder:
 
         Frozen programs have the kernels in them, packed for products by oneDNN: faster on a CPU. Each keeps the kernels
         packed and as they were, and takes more memory than that while it is compiled. They serve calls that need them
-        until `params` are exchanged; other calls go as before, and so does `text_embeddings`.
+        until `params` or `dtype` are exchanged; other calls go as before, and so does `text_embeddings`.
 
         Args:
             batch_sizes: Numbers of prompts.
@@ -288,17 +288,19 @@ class TextEncoder:
                     prepare(out, zeros=tokens.zero_uncond)
 
     def _freeze(self, params: Params, tokens: Tokens, skips: Skips) -> None:
-        programs = self._frozen_programs(params) or FrozenPrograms(params, self.family, self.dtype)
         tokens, skips = padded(tokens), skips_of(tokens, skips)
-        programs.add(lambda params, tokens: self._compute(params, tokens, skips), tokens, skips, self.dtype)
-        self._frozen = programs
+        with FREEZING:
+            programs = self._frozen_programs(params) or FrozenPrograms(params, self.family, self.dtype)
+            programs.add(lambda params, tokens: self._compute(params, tokens, skips), tokens, skips, self.dtype)
+            self._frozen = programs
 
     def _frozen_programs(self, params: Params) -> FrozenPrograms | None:
-        """Those with these params in them; others are let go of, and their memory with them."""
+        """Those with these params in them; others are let go of, unless they are newer than the call that asks."""
         programs = self._frozen
-        if programs is not None and not programs.are_of(params, self.family, self.dtype):
-            programs = self._frozen = None
-        return programs
+        if programs is None or programs.are_of(params, self.family, self.dtype):
+            return programs
+        self._frozen = None if params is self._params else programs
+        return None
 
     def _run(self, params: Params, tokens: Tokens, skips: Skips) -> TextEmbeddings:
         """Encodes ids, in a bucket of batches; within a `jit` as they are."""
@@ -357,11 +359,9 @@ class TextEncoder:
     ) -> None:
         """Writes what `save` does, and beside it the computation as StableHLO, for `clip_jax.load_exported`.
 
-        Attention is XLA's in it, for programs that any number of prompts can be given.
-
         Programs are made by `jax.export`, one for prompts with negatives and one for prompts alone, for any number of
-        them. They run without the modules of this package, in this version of JAX and, for half a year at least, in
-        later ones (JAX' promise of compatibility). `clip_jax.load` reads the folder too.
+        them, with XLA's attention. They run without the modules of this package, in this version of JAX and, for half a
+        year at least, in later ones (JAX' promise of compatibility). `clip_jax.load` reads the folder too.
 
         Args:
             path: The folder to make.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import platform
+import threading
 import warnings
 from collections.abc import Callable, Hashable
 from typing import Any
@@ -35,6 +36,9 @@ _OPTIONS = {
 }
 # float16 would need a CPU that multiplies it, and T5 mixes it with float32.
 _DTYPES = ("float32", "bfloat16")
+
+FREEZING = threading.Lock()
+"""Held while programs are made and kept: one compilation uses all cores."""
 
 
 class FrozenPrograms:

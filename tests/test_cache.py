@@ -166,6 +166,74 @@ def test_other_params_tokenizers_or_dtypes_are_never_answered_from_it(cached):
     assert len(computed) == 6
 
 
+def exchange_while_running(encoder, monkeypatch, exchange):
+    """Another thread does something once the next call has computed what it wants."""
+    run = encoder._run
+
+    def exchanged(params, tokens, skips):
+        out = run(params, tokens, skips)
+        monkeypatch.setattr(encoder, "_run", run)
+        exchange()
+        return out
+
+    monkeypatch.setattr(encoder, "_run", exchanged)
+
+
+def test_a_cache_that_is_exchanged_meanwhile_gets_nothing_of_the_call(cached, uncached, monkeypatch):
+    encoder, _ = cached
+    params = jax.tree.map(lambda leaf: leaf * 1.1, encoder.params)
+
+    def exchange():
+        encoder.cache, encoder.params = EmbeddingCache(2**20), params
+
+    exchange_while_running(encoder, monkeypatch, exchange)
+    ask(encoder, "a cat")
+    assert encoder.cache.stats().entries == 0
+    uncached.params = params
+    same(ask(encoder, "a cat"), ask(uncached, "a cat"))
+
+
+def test_a_dtype_that_was_another_meanwhile_leaves_nothing(cached, uncached, monkeypatch):
+    encoder, _ = cached
+
+    def exchange():
+        encoder.dtype = "bfloat16"
+        encoder.dtype = "float32"
+
+    exchange_while_running(encoder, monkeypatch, exchange)
+    ask(encoder, "a cat")
+    assert encoder.cache.stats().entries == 0
+    same(ask(encoder, "a cat"), ask(uncached, "a cat"))
+
+
+def test_no_layers_to_skip_are_the_rows_of_none(cached):
+    encoder, computed = cached
+    before = ask(encoder, "a cat", negative_prompt="blurry", guidance=True)
+    if any(not tower.pooled_only and "clip" in tower.name for tower in encoder.family.towers):
+        after = ask(encoder, "a cat", negative_prompt="blurry", guidance=True, clip_skip=0, clip_skip_negative=0)
+        same(after, before)
+        assert len(computed) == 1
+
+
+def test_what_it_holds_of_very_long_prompts_is_their_rows_alone(cached):
+    encoder, computed = cached
+    for _ in range(2):
+        ask(encoder, "a cat" + " " * 2**16, guidance=False)
+    assert len(computed) == 1
+    assert encoder.cache.stats().entries == 1
+    ask(encoder, "a cat", guidance=False)
+    assert encoder.cache.stats().entries == 2  # the row, and the call
+
+
+@pytest.mark.parametrize("change", [lambda ids: ids + 0.7, lambda ids: ids.astype(bool), lambda ids: ids.tolist()])
+def test_ids_that_are_no_integers_are_refused_although_their_rows_are_known(cached, change):
+    encoder, _ = cached
+    tokens = encoder.tokenize("a cat", guidance=False)
+    encoder.encode(tokens)
+    with pytest.raises(clip_jax.ClipJaxError, match="Expected token ids of clip_l as arrays of integers, found"):
+        encoder.encode(dataclasses.replace(tokens, cond={n: change(ids) for n, ids in tokens.cond.items()}))
+
+
 def test_within_jit_nothing_is_kept(cached):
     encoder, computed = cached
     jax.make_jaxpr(lambda scale: ask(encoder, "a cat", guidance=False).prompt_embeds * scale)(2.0)
@@ -425,7 +493,7 @@ def test_one_call_computes_with_one_set_of_params(loaded, monkeypatch):
     jax.tree.map(np.testing.assert_array_equal, encoder(["a", "b"], **options), wanted)
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda encoder: pickle.loads(pickle.dumps(encoder))])
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda encoder: pickle.loads(pickle.dumps(encoder))])
 def test_a_copy_has_an_empty_cache_of_the_same_size(loaded, copied):
     encoder = clip_jax.TextEncoder(loaded.family, loaded.params, loaded.tokenizers, cache_bytes=2**20)
     wanted = encoder("a cat")

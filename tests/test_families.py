@@ -557,6 +557,20 @@ def test_rows_that_are_joined_are_as_long_as_the_shorter(tmp_path):
     assert flux.row_length(flux.towers[0], 1000) == 248
 
 
+@pytest.mark.parametrize(("longest", "lengths"), [(6, [6]), (64, [8, 16, 32, 48, 64]), (248, [154, 231, 248])])
+def test_every_length_that_texts_are_cut_to_is_there(longest, lengths):
+    config = dataclasses.replace(clip_jax.ClipTextConfig.sd15(), max_position_embeddings=longest)
+    family = FAMILIES["flux"].with_configs({"clip_l": config, "t5": FAMILIES["flux"].tower("t5").config})
+    ids = np.zeros((1, longest), np.int32)
+    made = of_every_length(Tokens(cond={"clip_l": ids, "t5": np.zeros((1, 4), np.int32)}), family)
+    found = [tokens.cond["clip_l"].shape[1] for tokens in made]
+    assert found[-len(lengths) :] == lengths
+    for size in range(1, longest + 1):
+        ids = np.where(np.arange(longest) == size - 1, config.eos_token_id, 1)[None]
+        cut = without_tails(Tokens(cond={"clip_l": ids, "t5": np.zeros((1, 4), np.int32)}), family)
+        assert cut.cond["clip_l"].shape[1] in found
+
+
 @pytest.mark.parametrize("end", [0, 2, 49407])
 def test_ids_of_every_length_are_cut_to_it(end):
     """Also where the end of the text is the first id, or said to be 2 (the highest); and no longer than rows."""
@@ -564,5 +578,5 @@ def test_ids_of_every_length_are_cut_to_it(end):
     family = FAMILIES["flux"].with_configs({"clip_l": config, "t5": FAMILIES["flux"].tower("t5").config})
     tokens = Tokens(cond={"clip_l": np.zeros((1, 20), np.int32), "t5": np.zeros((1, 4), np.int32)})
     made = of_every_length(tokens, family)
-    assert [ids.cond["clip_l"].shape[1] for ids in made] == [8, 16]
-    assert [without_tails(ids, family).cond["clip_l"].shape[1] for ids in made] == [8, 16]
+    assert [ids.cond["clip_l"].shape[1] for ids in made] == [8, 16, 20]
+    assert [without_tails(ids, family).cond["clip_l"].shape[1] for ids in made] == [8, 16, 20]

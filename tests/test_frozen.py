@@ -5,6 +5,7 @@ import os
 import platform
 import subprocess
 import sys
+import threading
 
 import flax.linen as nn
 import jax
@@ -111,6 +112,26 @@ def test_exchanged_params_are_computed_with(encoder):
 
 
 @pytest.mark.slow
+def test_two_warmups_at_once_keep_what_both_have_made(encoder):
+    mine = another(encoder)
+    threads = [threading.Thread(target=mine.warmup, args=((n,),), kwargs={"freeze": True}) for n in (1, 2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(programs(mine)) == 2
+
+
+def test_a_call_that_began_before_params_were_exchanged_leaves_the_new_programs(encoder):
+    mine = another(encoder)
+    old = mine.params
+    mine.params = jax.tree.map(lambda leaf: 2 * leaf, old)
+    mine.warmup(freeze=True)
+    tokens = mine.tokenize("a cat")
+    same(mine._run(old, tokens, (None, None)), encoder("a cat"), 1e-6)
+    assert len(programs(mine)) == 1
+
+
 def test_they_are_left_aside_where_jit_is(encoder):
     mine = another(encoder)
     mine.warmup(freeze=True)

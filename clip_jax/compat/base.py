@@ -289,7 +289,8 @@ class FlaxPreTrainedModel:
         variables = {"params": params or self.params}
         # Compiled code knows nothing of interceptors, and a function that was traced without is reused with them.
         run = self.module.apply if intercepted() else functools.partial(_compiled, self.module)
-        return run(variables, *as_ids(arrays), **options)
+        with jax.numpy_dtype_promotion("standard"):  # Flax' norms promote, whatever users forbid themselves
+            return run(variables, *as_ids(arrays), **options)
 
     def _check_call(self, ids: Any, train: bool) -> None:
         """Refuses dropout, and ids that cannot be run."""

@@ -146,4 +146,5 @@ class FlaxCLIPTextModelWithProjection(FlaxCLIPTextPreTrainedModel):
 
 @functools.partial(jax.jit, static_argnums=0)
 def _text_embeds(module: FlaxCLIPTextModelWithProjectionModule, variables: Mapping[str, Any], *arrays: Any) -> Any:
-    return module.apply(variables, *arrays)["text_embeds"]
+    with jax.numpy_dtype_promotion("standard"):  # as for a call
+        return module.apply(variables, *arrays)["text_embeds"]

@@ -18,6 +18,7 @@ import json
 import logging
 import os
 import tempfile
+import threading
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -45,6 +46,9 @@ _UNREADABLE = (OSError, json.JSONDecodeError, UnicodeDecodeError, RecursionError
 _READ_BYTES = 256 * 2**20
 # A process that wants a part of a parameter reads all chunks that it touches; small ones take memory to write.
 _CHUNK_BYTES = 2**24
+_WRITING = (
+    threading.Lock()
+)  # Orbax counts what it does by one number for the process, and threads wait for each other's
 
 
 class SavesFiles(Protocol):
@@ -128,7 +132,7 @@ def write_checkpoint(
     # read, and twice the memory to write. But Orbax gives int4 a byte, which compression takes back.
     context.array.saving.use_compression = metadata.scheme.name == "int4"
     context.array.saving.storage_options.chunk_byte_size = _CHUNK_BYTES
-    with staged_folder(out, overwrite=overwrite) as folder, _plain(folder) as plain, context, _quiet_orbax():
+    with _WRITING, staged_folder(out, overwrite=overwrite) as folder, _plain(folder) as plain, context, _quiet_orbax():
         custom_metadata: dict[str, Any] | None = stored
         for part in parts:
             _check_alive(part)

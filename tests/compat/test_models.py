@@ -65,6 +65,17 @@ def test_options_of_the_config_are_the_defaults(pipeline):
     assert model(IDS, output_hidden_states=False, return_dict=True).hidden_states is None
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_strict_promotion_is_for_others(clip, projected, t5, dtype):
+    models = [(type(m)(m.config, dtype=dtype, _do_init=False), m.params) for m in (clip, projected, t5)]
+    wanted = [model(ids, params=params)[0] for (model, params), ids in zip(models, (IDS, IDS, T5_IDS), strict=True)]
+    with jax.numpy_dtype_promotion("strict"):
+        found = [model(ids, params=params)[0] for (model, params), ids in zip(models, (IDS, IDS, T5_IDS), strict=True)]
+        features = models[1][0].get_text_features(IDS, params=projected.params)
+    jax.tree.map(np.testing.assert_array_equal, found, wanted)
+    np.testing.assert_allclose(features, wanted[1], atol=1e-2)
+
+
 def test_a_second_call_is_not_traced_again_and_weights_are_no_constants(clip):
     clip(IDS)
     before = compat_base._compiled._cache_size()

@@ -5,6 +5,8 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -58,6 +60,26 @@ def test_however_much_is_read_ahead_the_params_are_the_same(encoder, saved, monk
 
 def clip_jax_specs(path):
     return ckpt.read_specs(path, ckpt.read_metadata(path).configs)["clip_l"]
+
+
+def test_threads_write_one_after_the_other(encoder, tmp_path):
+    """Orbax' own threads may wait for ever for each other's, where two write at once."""
+    writing, most = [], []
+
+    def extra(folder):
+        writing.append(folder)
+        most.append(len(writing))
+        time.sleep(0.2)
+        writing.remove(folder)
+
+    threads = [threading.Thread(target=encoder._save, args=(tmp_path / str(n), False, extra)) for n in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1, 1, 1]
+    for n in range(3):
+        jax.tree.map(np.testing.assert_array_equal, clip_jax.load(tmp_path / str(n)).params, encoder.params)
 
 
 def test_bfloat16_is_stored_and_read_as_such(encoder, tiny_sd15, tmp_path):
