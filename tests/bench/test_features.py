@@ -40,6 +40,7 @@ def test_both_ways_compute_the_same(few):
 def test_a_result_has_what_its_table_wants(few, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(features, "_MODELS", {"small": dataclasses.replace(SMALL_PROJECTED, num_hidden_layers=1)})
     monkeypatch.setattr(features, "_ROUNDS", 2)
+    monkeypatch.setattr(features, "BATCH_SIZE", 9)  # one program
     noise = iter((0.1, 0.4))
     monkeypatch.setattr(features, "watch_others", lambda: lambda: next(noise))
     monkeypatch.setattr(sys, "argv", ["features", "--out", str(tmp_path / "features.json")])

@@ -38,7 +38,7 @@ def called(projected):
     return projected(texts(SIZES)).text_embeds
 
 
-@pytest.mark.parametrize("batch_size", [1, 4, 5, 13, 128])
+@pytest.mark.parametrize("batch_size", [1, 4, 128])
 def test_rows_are_those_of_a_call_in_their_order(projected, called, batch_size):
     features = projected.get_text_features(texts(SIZES), batch_size=batch_size)
     assert isinstance(features, jax.Array)
@@ -52,7 +52,7 @@ def test_rows_tell_texts_apart(called):
     assert apart[~np.eye(len(SIZES), dtype=bool)].min() > 1e-2
 
 
-@pytest.mark.parametrize("length", [3, 13, 16, 50])
+@pytest.mark.parametrize("length", [3, 13, 50])
 def test_ids_that_are_padded_to_the_longest(projected, length):
     sizes = [length, 3, 2, length - 1]
     ids = texts(sizes, length)
@@ -72,17 +72,13 @@ def test_texts_without_an_end_are_as_in_a_call(projected):
     np.testing.assert_allclose(projected.get_text_features(ids), projected(ids).text_embeds, atol=1e-5)
 
 
-def test_masks_and_positions_are_cut_alike(projected, called):
-    ids = texts(SIZES)
-    mask = np.ones_like(ids)
-    mask[:, 1] = 0
-    positions = np.arange(77)[::-1][None]
-    masked = projected.get_text_features(ids, attention_mask=mask, batch_size=4)
-    np.testing.assert_allclose(masked, projected(ids, attention_mask=mask).text_embeds, atol=1e-5)
-    turned = projected.get_text_features(ids, position_ids=positions, batch_size=4)
-    np.testing.assert_allclose(turned, projected(ids, position_ids=positions).text_embeds, atol=1e-5)
-    for other in (masked, turned):
-        assert np.abs(other - called).max() > 1e-2
+@pytest.mark.parametrize("name", ["attention_mask", "position_ids"])
+def test_masks_and_positions_are_cut_alike(projected, name):
+    ids = texts([9, 30, 5, 12])
+    given = {"attention_mask": (np.arange(77) != 1)[None], "position_ids": np.arange(77)[::-1][None]}[name]
+    found = projected.get_text_features(ids, batch_size=2, **{name: given})
+    np.testing.assert_allclose(found, projected(ids, **{name: given.repeat(4, 0)}).text_embeds, atol=1e-5)
+    assert np.abs(found - projected(ids).text_embeds).max() > 1e-2
 
 
 class Recorded:
@@ -192,6 +188,7 @@ def test_nothing_is_moved_unasked(projected, called):
     np.testing.assert_allclose(features, called, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantize", [None, "int8"])
 def test_params_of_an_encoder_quantised_too(tmp_path, quantize):
     folder = write_family(tmp_path / "sdxl", clip_jax.FAMILIES["sdxl"])

@@ -65,7 +65,7 @@ def test_options_of_the_config_are_the_defaults(pipeline):
     assert model(IDS, output_hidden_states=False, return_dict=True).hidden_states is None
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
 def test_strict_promotion_is_for_others(clip, projected, t5, dtype):
     models = [(type(m)(m.config, dtype=dtype, _do_init=False), m.params) for m in (clip, projected, t5)]
     wanted = [model(ids, params=params)[0] for (model, params), ids in zip(models, (IDS, IDS, T5_IDS), strict=True)]
