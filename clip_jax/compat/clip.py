@@ -17,6 +17,7 @@ from clip_jax.compat.base import FlaxPreTrainedModel, as_ids
 from clip_jax.compat.features import BATCH_SIZE, pooled_rows
 from clip_jax.compat.modules import FlaxCLIPTextModelWithProjectionModule, FlaxCLIPTextModule
 from clip_jax.compat.outputs import ModelOutput
+from clip_jax.config import ClipTextConfig
 from clip_jax.errors import ClipJaxError
 from clip_jax.models import intercepted
 from clip_jax.structs import is_traced
@@ -141,6 +142,7 @@ class FlaxCLIPTextModelWithProjection(FlaxCLIPTextPreTrainedModel):
         run = functools.partial(embed, self.module, variables)
         if isinstance(input_ids, jax.Array) or is_traced((variables, arrays)):
             return run(*as_ids(arrays))
+        assert isinstance(self._tower, ClipTextConfig)
         return pooled_rows(run, arrays, self._tower, batch_size)
 
 
