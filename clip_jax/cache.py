@@ -44,8 +44,8 @@ class CacheStats:
     """What a cache has done, and holds.
 
     Attributes:
-        hits: Rows that were there: prompts, negative ones included.
-        misses: Rows that had to be encoded.
+        hits: Rows that were there: prompts, negative ones and zeros in their place included.
+        misses: Rows that had to be encoded; none of a mesh, or of ids on a device, where rows are not looked for.
         entries: Rows and results of whole calls that are held.
         nbytes: Bytes that they take.
         max_bytes: Bytes that they may take.

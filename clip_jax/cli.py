@@ -71,13 +71,12 @@ def _parser() -> argparse.ArgumentParser:
     convert = _command(commands, "convert", _convert, "convert a checkpoint to an Orbax folder")
     convert.add_argument("source", metavar="SRC", nargs="+", help=_FOREIGN_HELP)
     convert.add_argument("out", metavar="OUT", help="folder to make")
-    convert.add_argument("--dtype", help="of the stored params; by default the source's; bfloat16 of fp8 and GGUF")
-    convert.add_argument("--without", metavar="TOWER", action="append", default=[], help="leave out a tower: t5 of sd3")
+    convert.add_argument("--dtype", help="of the params; by default the source's, or bfloat16 where it is quantised")
     convert.add_argument("--quantize", metavar="SCHEME", help="store the params quantised: int8, fp8 or int4")
     convert.add_argument("--verify", action="store_true", help="compare what source and result compute on prompts")
     convert.add_argument("--overwrite", action="store_true", help="replace a checkpoint that is at OUT")
     _add_source_options(convert)
-    _add_reading_options(convert)
+    _add_tokenizer_option(convert)
 
     export = _command(commands, "export", _export, "write a converted folder as safetensors that others read")
     export.add_argument("source", metavar="MODEL", help="folder written by `clip-jax convert`")
@@ -85,11 +84,11 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--format", choices=("hf",), default="hf", help="diffusers folder, transformers' names")
     export.add_argument("--overwrite", action="store_true", help="replace an export that is at OUT")
 
-    embed = _command(commands, "embed", _embed, "encode prompts")
+    embed = _command(commands, "embed", _embed, "encode prompts, twice: the second time to tell how long it takes")
     _add_prompt(embed)
     embed.add_argument("--prompt-2", metavar="TEXT", help="for the second text encoder (default: the prompt)")
     embed.add_argument("--prompt-3", metavar="TEXT", help="for the third text encoder (default: the prompt)")
-    embed.add_argument("--negative", metavar="TEXT", help="negative prompt, for all prompts")
+    embed.add_argument("--negative", metavar="TEXT", help="negative prompt, for all prompts (flux: with --guidance)")
     embed.add_argument("--negative-2", metavar="TEXT", help="for the second text encoder (default: --negative)")
     embed.add_argument("--negative-3", metavar="TEXT", help="for the third text encoder (default: --negative)")
     embed.add_argument("--model", metavar="SRC", required=True, action="append", help=_MODEL_HELP)
@@ -103,24 +102,22 @@ def _parser() -> argparse.ArgumentParser:
     embed.add_argument("--clip-skip", type=int, metavar="N", help="layers to leave out at the end")
     embed.add_argument("--clip-skip-negative", type=int, metavar="N", help="the same for the negative prompts")
     embed.add_argument("--max-sequence-length", type=int, metavar="L", help="tokens of T5, at most 512")
-    embed.add_argument("--without", metavar="TOWER", action="append", default=[], help="leave out a tower: t5 of sd3")
     embed.add_argument("--overflow", choices=("error", "truncate"), default="error", help="for prompts too long")
     embed.add_argument("--out", metavar="FILE", type=Path, help="write the embeddings to .safetensors or .npz")
     embed.add_argument("--overwrite", action="store_true", help="replace FILE if it is there")
     _add_source_options(embed)
-    _add_reading_options(embed)
+    _add_tokenizer_option(embed)
 
     tokenize = _command(commands, "tokenize", _tokenize, "show the tokens of prompts, and what would be cut")
     _add_prompt(tokenize)
     tokenize.add_argument("--max-sequence-length", type=int, metavar="L", help="tokens of T5, at most 512")
     tokenize.add_argument("--model", metavar="SRC", action="append", help=f"{_MODEL_HELP} (default: random:sd15)")
     _add_source_options(tokenize)
-    _add_config_options(tokenize)
+    _add_tokenizer_option(tokenize)
 
     info = _command(commands, "info", _info, "show what a model holds, without reading its weights")
     info.add_argument("model", metavar="MODEL", nargs="+", help=_SOURCE_HELP)
     _add_source_options(info)
-    _add_config_options(info, tokenizer=False)
     return parser
 
 
@@ -140,24 +137,20 @@ def _add_source_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--family", help="where it cannot be told from the source: sd15, sd21, ...")
     command.add_argument("--revision", help="branch, tag or commit of a Hub repo")
     command.add_argument("--local-files-only", action="store_true", help="take a Hub repo from the local cache")
-
-
-def _add_config_options(command: argparse.ArgumentParser, *, tokenizer: bool = True) -> None:
+    command.add_argument("--without", metavar="TOWER", action="append", default=[], help="leave out a tower: t5 of sd3")
     text = "config.json of a tower, where a file of weights does not tell"
     command.add_argument("--config", metavar="TOWER=FILE", action="append", default=[], help=text)
-    if tokenizer:
-        text = "tokenizer to use instead of the source's"
-        command.add_argument("--tokenizer", metavar="TOWER=FOLDER", action="append", default=[], help=text)
-
-
-def _add_reading_options(command: argparse.ArgumentParser) -> None:
-    _add_config_options(command)
     command.add_argument(
         "--text-projection",
         choices=("auto", "as_is", "transpose"),
         default="auto",
         help="how text_projection is stored, where its name says otherwise: as_is is [D, P]",
     )
+
+
+def _add_tokenizer_option(command: argparse.ArgumentParser) -> None:
+    text = "tokenizer to use instead of the source's"
+    command.add_argument("--tokenizer", metavar="TOWER=FOLDER", action="append", default=[], help=text)
 
 
 def _by_tower(option: str, given: Sequence[str]) -> dict[str, str]:
@@ -169,20 +162,16 @@ def _by_tower(option: str, given: Sequence[str]) -> dict[str, str]:
 
 def _reading_options(arguments: argparse.Namespace) -> dict[str, Any]:
     """The options of `load` and `convert` that say how to read a source."""
-    options = {**_source_options(arguments), "config": _by_tower("--config", arguments.config)}
+    names = ("family", "revision", "local_files_only", "without", "text_projection")
+    options = {name: getattr(arguments, name) for name in names}
+    options["config"] = _by_tower("--config", arguments.config)
     if "tokenizer" in arguments:
         options["tokenizer"] = _by_tower("--tokenizer", arguments.tokenizer)
-    if "text_projection" in arguments:
-        options["text_projection"] = arguments.text_projection
     return options
 
 
 def _one_or_all(sources: Sequence[str]) -> str | Sequence[str]:
     return sources[0] if len(sources) == 1 else sources
-
-
-def _source_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    return {name: getattr(arguments, name) for name in ("family", "revision", "local_files_only")}
 
 
 def _prompts(arguments: argparse.Namespace) -> list[str]:
@@ -205,7 +194,6 @@ def _convert(arguments: argparse.Namespace) -> None:
         _one_or_all(arguments.source),
         arguments.out,
         dtype=arguments.dtype,
-        without=arguments.without,
         quantize=arguments.quantize,
         verify=arguments.verify,
         overwrite=arguments.overwrite,
@@ -235,7 +223,6 @@ def _embed(arguments: argparse.Namespace) -> None:
         _one_or_all(arguments.model),
         dtype=arguments.dtype,
         quantize=arguments.quantize,
-        without=arguments.without,
         cache_bytes=0,  # each prompt is wanted once: nothing to be remembered, and one program instead of two
         **_reading_options(arguments),
     )

@@ -9,6 +9,8 @@ import jax
 
 from clip_jax.errors import ClipJaxError
 
+_ELSEWHERE = "Name another folder for the cache, with path=, JAX_COMPILATION_CACHE_DIR or XDG_CACHE_HOME."
+
 
 def enable_compilation_cache(path: str | os.PathLike[str] | None = None) -> Path | str:
     """Switches on JAX's persistent compilation cache, for this process and all that it compiles.
@@ -43,9 +45,9 @@ def _writable(folder: Path) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ClipJaxError(f"{folder} cannot be made: {error.strerror}. Name another folder for the cache.") from error
+        raise ClipJaxError(f"{folder} cannot be made: {error.strerror}. {_ELSEWHERE}") from error
     if not os.access(folder, os.W_OK):
-        raise ClipJaxError(f"{folder} cannot be written. Name another folder for the cache.")
+        raise ClipJaxError(f"{folder} cannot be written. {_ELSEWHERE}")
     return folder
 
 
@@ -53,6 +55,4 @@ def _user_cache() -> Path:
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     except RuntimeError as error:  # neither HOME nor an entry among the system's users
-        raise ClipJaxError(
-            "This user has no home folder. Name a folder for the cache, or set XDG_CACHE_HOME."
-        ) from error
+        raise ClipJaxError(f"This user has no home folder. {_ELSEWHERE}") from error

@@ -366,8 +366,8 @@ class TextEncoder:
         Args:
             path: The folder to make.
             max_sequence_length: L of T5, which is fixed; None means the family's default.
-            clip_skip: Layers to leave out for the prompts; fixed.
-            clip_skip_negative: Layers to leave out for the negatives; fixed.
+            clip_skip: Layers to leave out for the prompts; fixed, and to be passed in each call.
+            clip_skip_negative: The same for the negatives.
             platforms: Where the programs are to run.
             overwrite: Whether a checkpoint that is there may be replaced.
 

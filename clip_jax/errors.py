@@ -6,7 +6,7 @@ class ClipJaxError(ValueError):
 
 
 class PromptTooLongError(ClipJaxError):
-    """A prompt has more tokens than the text encoder has positions."""
+    """A prompt has more tokens than its row: CLIP's 77 positions, or T5's `max_sequence_length`."""
 
 
 class ConfigError(ClipJaxError):

@@ -22,7 +22,10 @@ from clip_jax.tokenizers.files import expanded
 
 
 class ExportedTextEncoder(TextEncoder):
-    """A `TextEncoder` whose computation was exported; layers and lengths are those of then.
+    """A `TextEncoder` whose computation was exported; other layers and lengths than those of then are errors.
+
+    T5's length is that of then by default, and so is `family.max_sequence_length`; `clip_skip` and `clip_skip_negative`
+    have to be passed in each call.
 
     Attributes:
         programs: The computation.
@@ -47,7 +50,8 @@ class ExportedTextEncoder(TextEncoder):
         exported, length = (n or default for n in (self.programs.max_sequence_length, tokens.max_sequence_length))
         if length != exported:
             raise ClipJaxError(
-                f"The programs were exported for max_sequence_length={exported}, found {length}. Export again."
+                f"The programs were exported for max_sequence_length={exported}, found {length}. Leave it out, or "
+                f"export again."
             )
         (negative, positive), wanted = (tuple(skip or 0 for skip in pair) for pair in (self.programs.skips, skips))
         if wanted[1] == positive and (tokens.uncond is None or wanted[0] == negative):
@@ -59,7 +63,7 @@ class ExportedTextEncoder(TextEncoder):
             return out
         raise ClipJaxError(
             f"The programs were exported for clip_skip={positive} and clip_skip_negative={negative}, found "
-            f"{wanted[1]} and {wanted[0]}. Export again, or load the folder with `clip_jax.load`."
+            f"{wanted[1]} and {wanted[0]}. Pass those, export again, or load the folder with `clip_jax.load`."
         )
 
 
@@ -90,19 +94,21 @@ def load_exported(
     before = identity(folder)
     metadata, programs = ckpt.read_metadata(folder), read_programs(folder)
     platform = jax.default_backend()
-    names = {"gpu": ("cuda", "rocm")}.get(platform, (platform,))
+    names: tuple[str, ...] = {"gpu": ("cuda", "rocm")}.get(platform, (platform,))
     if not set(names) & set(programs.both.platforms):
         raise CheckpointError(
             f"{folder} was exported for {', '.join(programs.both.platforms)}, this process runs on {platform}. Export "
-            f"it for that with platforms=."
+            f"it with {' or '.join(f'platforms={name!r}' for name in names)}."
         )
     configs = metadata.configs
     with unreplaced(folder, before):
         tokenizers = {t: read_tokenizer(config, ckpt.tokenizer_folder(folder, t)) for t, config in configs.items()}
         specs = ckpt.stored_specs(folder)
         params = ckpt.read_params(folder, specs, None, scheme=metadata.scheme, progress=progress)
+    family = stored_family(metadata, folder)
+    length = programs.lengths.get("t5", programs.max_sequence_length) or family.max_sequence_length
     encoder = ExportedTextEncoder(
-        stored_family(metadata, folder),
+        dataclasses.replace(family, max_sequence_length=length),
         params,
         tokenizers,
         dtype=programs.dtype,

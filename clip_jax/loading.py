@@ -21,7 +21,7 @@ from clip_jax.convert.components import ConfigLike, read_configs
 from clip_jax.convert.detect import family_called, folders_of
 from clip_jax.convert.foreign import open_foreign
 from clip_jax.convert.hub import Access
-from clip_jax.convert.layouts import Projection
+from clip_jax.convert.layouts import Projection, check_projection
 from clip_jax.convert.resolve import SourceLike, resolve_all
 from clip_jax.encoder import TextEncoder
 from clip_jax.errors import CheckpointError, ClipJaxError
@@ -209,7 +209,8 @@ def load(
             stores them in four bits, and computes in `dtype`. None takes them as they are, quantised or not.
         without: Towers to leave out: "t5" of SD 3, whose rows are zeros then.
         config: Tower name -> architecture, where a file of weights does not tell (a config, a dict, or the path of
-            a `config.json`); goes before the `config.json` beside weights.
+            a `config.json`); goes before the `config.json` beside a file that is named as the source. A folder with
+            such a file is read by that.
         text_projection: "auto" takes `text_projection` of a foreign checkpoint for what its name says; "as_is"
             takes it as [D, P], used as `x @ text_projection`, "transpose" as [P, D].
         tokenizer: A tokenizer folder to use instead of the source's, or tower name -> folder.
@@ -230,15 +231,15 @@ def load(
         CheckpointError: The source is not there, not whole, of another model or family, or quantised otherwise.
         ConfigError: Its `config.json` asks for something that cannot be honoured.
         ClipJaxError: `rules` do not fit `mesh`; another `quantize` or dtype; "cudnn" for another dtype, or without a
-            cuDNN. What does not depend on the source is looked at before it is read.
+            cuDNN. What does not depend on the source is looked at before it is looked for.
     """
     scheme = scheme_called(quantize)
     check_attention(attention, cast.float_dtype(dtype))
     check_cache_bytes(cache_bytes)
+    _check_mesh(mesh, rules)
     kept = cast.float_dtype(dtype if param_dtype is None else param_dtype)
     access = Access(revision=revision, local_files_only=local_files_only, token=token, cache_dir=cache_dir)
-    names = {without} if isinstance(without, str) else set(without)
-    opened = _open(source, family, names, access, config, text_projection, progress)
+    opened = _open(source, family, without, access, config, text_projection, progress)
     configs = {tower.name: tower.config for tower in opened.family.towers}
     placement, rows = _places(configs, mesh, rules)
     tokenizers = choose_tokenizers(configs, opened.tokenizer, tokenizer)
@@ -266,6 +267,7 @@ def info(
     source: SourceLike,
     *,
     family: str | None = None,
+    without: str | Iterable[str] = (),
     config: Mapping[str, ConfigLike] | None = None,
     text_projection: Projection = "auto",
     revision: str | None = None,
@@ -279,7 +281,7 @@ def info(
     Arguments and errors as in `load`.
     """
     access = Access(revision=revision, local_files_only=local_files_only, token=token, cache_dir=cache_dir)
-    opened = _open(source, family, set(), access, config, text_projection, progress)
+    opened = _open(source, family, without, access, config, text_projection, progress)
     towers = {}
     for name, tree in opened.specs().items():
         towers[name] = TowerInfo(
@@ -300,7 +302,9 @@ def load_tokenizers(
     source: SourceLike,
     *,
     family: str | None = None,
+    without: str | Iterable[str] = (),
     config: Mapping[str, ConfigLike] | None = None,
+    text_projection: Projection = "auto",
     tokenizer: str | os.PathLike[str] | Mapping[str, str | os.PathLike[str]] | None = None,
     revision: str | None = None,
     local_files_only: bool = False,
@@ -308,22 +312,28 @@ def load_tokenizers(
     cache_dir: str | os.PathLike[str] | None = None,
     progress: bool | None = None,
 ) -> dict[str, RowTokenizer]:
-    """Tower name -> tokenizer of a source. Arguments and errors as in `load`."""
+    """Tower name -> tokenizer of a source, whose weights are looked for, and downloaded, but not read.
+
+    They tell which family it is, and by that how it pads. Arguments and errors as in `load`.
+    """
     access = Access(revision=revision, local_files_only=local_files_only, token=token, cache_dir=cache_dir)
-    opened = _open(source, family, set(), access, config, "auto", progress)
+    opened = _open(source, family, without, access, config, text_projection, progress)
     configs = {tower.name: tower.config for tower in opened.family.towers}
     return choose_tokenizers(configs, opened.tokenizer, tokenizer)
+
+
+def _check_mesh(mesh: jax.sharding.Mesh | None, rules: Rules | None) -> None:
+    if not isinstance(mesh, jax.sharding.Mesh | None):
+        raise ClipJaxError(f"Expected mesh to be a jax.sharding.Mesh, found {type(mesh).__name__}.")
+    if mesh is None and rules is not None:
+        raise ClipJaxError("Rules say how to split params over a mesh: pass mesh= as well.")
 
 
 def _places(
     configs: Mapping[str, TowerConfig], mesh: jax.sharding.Mesh | None, rules: Rules | None
 ) -> tuple[Placement | None, jax.sharding.NamedSharding | None]:
     """Where params and rows of ids go; None is the default device."""
-    if not isinstance(mesh, jax.sharding.Mesh | None):
-        raise ClipJaxError(f"Expected mesh to be a jax.sharding.Mesh, found {type(mesh).__name__}.")
     if mesh is None:
-        if rules is not None:
-            raise ClipJaxError("Rules say how to split params over a mesh: pass mesh= as well.")
         return None, None
     shardings = param_shardings(configs, mesh, rules)
     if idle := idle_axes(shardings, rules):
@@ -340,17 +350,22 @@ def _places(
 def _open(
     source: SourceLike,
     family: str | None,
-    without: set[str],
+    without: str | Iterable[str],
     access: Access,
     config: Mapping[str, ConfigLike] | None,
     text_projection: Projection,
     progress: bool | None,
 ) -> Source:
+    without = {without} if isinstance(without, str) else set(without)
+    configs = read_configs(config or {})
+    check_projection(text_projection)
     if family is not None:
         family_called(family)
     if isinstance(source, str) and source.startswith(_RANDOM):
         found = family_called(source.removeprefix(_RANDOM))
         _check_family(source, found.name, family)
+        if configs or text_projection != "auto":
+            raise CheckpointError(f"{source} is of the full size; expected no config or text_projection beside it.")
         return _Random(found.without(without))
     access = dataclasses.replace(access, skip=folders_of(without))
     paths = [resolved.path for resolved in resolve_all(source, access, progress=progress)]
@@ -359,10 +374,10 @@ def _open(
             paths,
             family=family,
             without=without,
-            configs=read_configs(config or {}),
+            configs=configs,
             text_projection=text_projection,
         )
-    if len(paths) > 1 or config or text_projection != "auto":
+    if len(paths) > 1 or configs or text_projection != "auto":
         raise CheckpointError(
             f"{', '.join(map(str, paths))} is a converted checkpoint, which is complete and says what it is; expected "
             f"no other source, config or text_projection beside it."

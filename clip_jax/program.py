@@ -63,8 +63,8 @@ class Programs:
         found = {tower: ids.shape[1] for tower, ids in tokens.cond.items()}
         if found != self.lengths:
             raise ClipJaxError(
-                f"The programs were exported for rows of {self.lengths} ids, found {found}. Export again, with "
-                f"max_sequence_length=."
+                f"The programs were exported for rows of {self.lengths} ids, found {found}. Leave "
+                f"max_sequence_length= out, or export again with it."
             )
         both, alone = self._compiled
         leaves = jax.tree.leaves(params)

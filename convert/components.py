@@ -99,7 +99,7 @@ def _named_folders(path: Path, index: dict[str, Any], skip: Collection[str]) -> 
     if missing:
         raise CheckpointError(
             f"{path} lacks the folders {', '.join(missing)}, which its model_index.json names. Copy them as well, or "
-            f"leave out what can be left out with without=."
+            f"leave out what can be left out with without= (--without)."
         )
     return {name: path / name for name in names}
 

@@ -64,7 +64,8 @@ def convert(
         dtype: Of the stored params; None keeps those of the source, and is bfloat16 where it is quantised (fp8, GGUF).
         without: Towers to leave out, such as "t5" of SD 3.
         config: Tower name -> architecture, where a file of weights does not tell (a config, a dict, or the path of
-            a `config.json`); goes before the `config.json` beside weights.
+            a `config.json`); goes before the `config.json` beside a file that is named as the source. A folder with
+            such a file is read by that.
         text_projection: "auto" takes `text_projection` for what its name says; "as_is" takes it as [D, P], used as
             `x @ text_projection`, "transpose" as [P, D].
         tokenizer: A tokenizer folder to take instead of the source's, or tower name -> folder. A file of T5 needs

@@ -78,7 +78,7 @@ def find_family_of(
         return fitting[0]
     found = ", ".join(configs) or "no text encoder"
     if found == "t5" and not fitting:
-        found += " alone (which clip_jax.compat.FlaxT5EncoderModel reads)"
+        found += " alone (which clip_jax.compat.FlaxT5EncoderModel reads, from a folder of transformers)"
     if fitting:
         raise CheckpointError(
             f"{where} holds {found}, which could be of any of the families {', '.join(f.name for f in fitting)}. Pass "

@@ -110,6 +110,8 @@ def export(
             f"weights. Export the checkpoint that it was made of, or convert its source without quantize."
         )
     family = family_called(metadata.family)
+    if family.name not in _INDEX:
+        raise ClipJaxError(f"{path} is of family {family.name!r}, of which no diffusers pipeline is known here.")
     towers = [tower for tower in family.towers if tower.name in metadata.configs]
     specs = {name: _widest_first(tree) for name, tree in read_specs(path, metadata.configs).items()}
     total = sum(spec.nbytes for tree in specs.values() for spec in tree.values())

@@ -159,7 +159,7 @@ def open_foreign(
         family: Its family, where it cannot be told or is to be made sure of.
         without: Towers to leave out.
         configs: Tower name -> architecture, where a file of weights does not tell; goes before the `config.json`
-            beside it.
+            beside it, but not before those of a folder.
         text_projection: How the projection is stored, where its name says otherwise.
 
     Raises:
@@ -170,7 +170,10 @@ def open_foreign(
     check_projection(text_projection)
     if len(paths) == 1 and is_component_folder(paths[0]):
         if configs:
-            raise CheckpointError(f"{paths[0]} has a config.json for every text encoder; expected no other config.")
+            raise CheckpointError(
+                f"{paths[0]} is read by the config.json of each text encoder in it; expected no other config. Name the "
+                f"file of weights itself to read it by another."
+            )
         return _open_folder(paths[0], family, set(without), text_projection)
     return _open_files(paths, family, set(without), configs or {}, text_projection)
 

@@ -53,6 +53,8 @@ def resolve(source: str | os.PathLike[str], access: Access, *, progress: bool | 
         return Resolved(path, path.resolve().name)
     if os.path.islink(path):
         raise CheckpointError(f"{path} is a link to {os.readlink(path)}, which is not there.")
+    if os.fspath(source).startswith("random:"):
+        raise CheckpointError(f"{os.fspath(source)!r} is no path; `clip_jax.load` takes it as a str, by itself.")
     if not isinstance(source, str) or not _REPO_ID.fullmatch(source):
         raise CheckpointError(f"{os.fspath(source)!r} does not exist. Expected {_EXPECTED}.")
     try:

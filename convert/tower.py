@@ -31,7 +31,7 @@ from clip_jax.tokenizers.files import exists
 
 _CLIP_TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "spiece.model")
 _PROJECTION = "text_projection.weight"
-_SWITCH = 'text_projection="as_is" or "transpose" (--text-projection)'
+_SWITCH = 'text_projection="as_is" or "transpose" to clip_jax.load (--text-projection)'
 
 # The corner of bigG's projection [D, P], row 0 and column 0, in sd_xl_base_1.0: https://github.com/Stability-AI/
 # generative-models/issues/111.

@@ -239,6 +239,14 @@ def test_info_of_a_family(capsys):
     assert form == "  format: seeded random weights"
 
 
+def test_what_is_left_out_is_not_looked_for(capsys):
+    assert main(["info", "random:sd3", "--without", "t5"]) == 0
+    assert "clip_g: " in (shown := capsys.readouterr().out)
+    assert "t5: " not in shown
+    assert main(["tokenize", "a cat", "--model", "random:sd3", "--without", "t5"]) == 0
+    assert "t5: " not in capsys.readouterr().out
+
+
 def test_convert_writes_what_the_api_writes_and_shows_it(tiny_sd15, model, tmp_path, capsys):
     out = tmp_path / "out"
     assert main(["convert", str(tiny_sd15), str(out), "--family", "sd15"]) == 0

@@ -159,10 +159,19 @@ def test_lengths_of_absent_rows_are_those_of_then(tmp_path):
     encoder = clip_jax.load(source, family="sd3", without="t5", cache_bytes=0)
     encoder.export(tmp_path / "out", max_sequence_length=100)
     found = clip_jax.load_exported(tmp_path / "out")
-    assert found("a cat", max_sequence_length=100).prompt_embeds.shape[1] == 177
-    for length in (None, 50):
-        with pytest.raises(ClipJaxError, match=f"for max_sequence_length=100, found {length or 256}. Export again"):
-            found("a cat", max_sequence_length=length)
+    for length in (None, 100):
+        assert found("a cat", max_sequence_length=length).prompt_embeds.shape[1] == 177
+    with pytest.raises(ClipJaxError, match="for max_sequence_length=100, found 50. Leave it out, or export again"):
+        found("a cat", max_sequence_length=50)
+
+
+@pytest.mark.parametrize("pair", ["flux"], indirect=True)
+def test_the_length_of_t5_is_that_of_then(pair, exported):
+    np.testing.assert_array_equal(
+        exported("a cat").prompt_embeds, pair[0]("a cat", max_sequence_length=32).prompt_embeds
+    )
+    with pytest.raises(ClipJaxError, match="found {'clip_l': 77, 't5': 16}. Leave max_sequence_length= out, or export"):
+        exported("a cat", max_sequence_length=16)
 
 
 @of_one_family

@@ -8,6 +8,7 @@ import sys
 import termios
 import textwrap
 import tracemalloc
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -120,7 +121,34 @@ def test_wrong_random_names_are_refused(call, name, family, message):
         call(name, family=family)
 
 
+@pytest.mark.parametrize("call", [clip_jax.load, clip_jax.info, clip_jax.load_tokenizers])
+@pytest.mark.parametrize("options", [{"config": {"clip_l": TINY}}, {"text_projection": "as_is"}])
+def test_random_weights_take_no_description(call, options):
+    with pytest.raises(CheckpointError, match="random:sd15 is of the full size; expected no config or text_projection"):
+        call("random:sd15", **options)
+
+
+@pytest.mark.parametrize("name", [["random:sd15"], Path("random:sd15")])
+def test_random_weights_are_no_path_and_not_one_of_several(name):
+    with pytest.raises(CheckpointError, match="'random:sd15' is no path; `clip_jax.load` takes it as a str"):
+        clip_jax.load(name)
+
+
 # --- what is not found
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mesh": object()}, "Expected mesh to be a jax.sharding.Mesh, found object"),
+        ({"rules": []}, "pass mesh= as well"),
+        ({"text_projection": "upside down"}, "text_projection"),
+        ({"config": {"clip_l": {"model_type": "bert"}}}, "found model_type 'bert'"),
+    ],
+)
+def test_arguments_are_looked_at_before_the_source_is(options, message):
+    with pytest.raises(ClipJaxError, match=message):
+        clip_jax.load("not/there", **options)
 
 
 @pytest.mark.parametrize("call", [clip_jax.load, clip_jax.info, clip_jax.load_tokenizers])

@@ -26,6 +26,7 @@ from clip_jax.errors import ClipJaxError, ConfigError
 from clip_jax.models import ClipTextModel, T5Encoder, intercepted
 from clip_jax.params.cast import float_dtype
 from clip_jax.params.shapes import check_shapes, flatten, param_shapes, unflatten
+from clip_jax.structs import is_traced
 
 # Arguments of the old `from_pretrained` that changed how weights were read, not what they are.
 _WITHOUT_EFFECT = frozenset(
@@ -306,11 +307,13 @@ class FlaxPreTrainedModel:
         """Refuses ids that are not [B, L], and those without a row in the embedding where a look costs nothing."""
         if np.ndim(ids) != 2 or 0 in np.shape(ids):
             raise ClipJaxError(f"Expected input_ids [B, L], found {'none' if ids is None else np.shape(ids)}.")
-        rows = self._tower.vocab_size
-        if isinstance(ids, np.ndarray) and not 0 <= ids.min() <= ids.max() < rows:  # they would be NaN
+        if isinstance(ids, jax.Array) or is_traced(ids):
+            return
+        rows, least, most = self._tower.vocab_size, np.min(ids), np.max(ids)
+        if not 0 <= least <= most < rows:  # they would be NaN
             raise ClipJaxError(
-                f"Expected ids from 0 to {rows - 1}, as the token embedding has rows, found {ids.min()} to "
-                f"{ids.max()}: are they another tokenizer's?"
+                f"Expected ids from 0 to {rows - 1}, as the token embedding has rows, found {least} to {most}: are "
+                f"they another tokenizer's?"
             )
 
 

@@ -106,8 +106,9 @@ def check_free(out: Path, overwrite: bool, mark: str = CHECKPOINT_MARK) -> None:
     if Path.cwd().is_relative_to(out.resolve()):
         raise CheckpointError(f"{out} is where this process runs, so it is not overwritten. Choose another name.")
     if not (out / mark).is_file() and not (out.is_dir() and not any(out.iterdir())):
+        kind = "a checkpoint" if mark == CHECKPOINT_MARK else "an export"
         raise CheckpointError(
-            f"{out} is not a checkpoint written by clip_jax, so it is not overwritten. Choose another name."
+            f"{out} is not {kind} written by clip_jax, so it is not overwritten. Choose another name."
         )
 
 

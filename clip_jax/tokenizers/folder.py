@@ -107,7 +107,7 @@ def _read_vocab_and_merges(folder: Path) -> tuple[dict[str, int], list[tuple[str
     if missing:
         raise CheckpointError(
             f"No tokenizer in {folder}: {' and '.join(missing)} missing, and no tokenizer.json. {_WANTED}; "
-            f"found: {listing(folder)}. Pass the tokenizer folder, or use the packaged vocabulary."
+            f"found: {listing(folder)}. Pass the folder of a CLIP tokenizer (tokenizer=, --tokenizer)."
         )
     path = folder / "merges.txt"
     lines = [line for line in read_text(path).splitlines() if line and not line.startswith("#version")]
@@ -127,7 +127,7 @@ def _special_token(name: str, settings: dict[str, Any], folder: Path) -> str | A
     if token is None:
         raise CheckpointError(
             f"The tokenizer in {folder} sets {name} to null. Expected a token of the vocabulary; set one in "
-            "special_tokens_map.json or tokenizer_config.json, or remove the key to get "
+            "tokenizer_config.json, and in special_tokens_map.json if it has the key too, or remove the key to get "
             f"{_DEFAULT_SPECIAL[name]!r}."
         )
     return token if isinstance(token, str) else _added_token(token, folder)

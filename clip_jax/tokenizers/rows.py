@@ -109,7 +109,9 @@ class RowTokenizer:
         if too_long:
             found = "\n".join([f"Prompts of more than {limit} tokens ({self._frame} included):", *too_long])
             if overflow == "error":
-                raise PromptTooLongError(f'{found}\nShorten them, or pass overflow="truncate" to drop the ends.')
+                raise PromptTooLongError(
+                    f'{found}\nShorten them, or pass overflow="truncate" (--overflow truncate) to drop the ends.'
+                )
             warnings.warn(f"{found}\nThis text was dropped.", UserWarning, stacklevel=2)
         return rows
 

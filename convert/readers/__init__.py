@@ -18,7 +18,7 @@ _REFUSED: tuple[tuple[bytes, str, str], ...] = (
     (b"\x89HDF", "HDF5, most likely TensorFlow's weights", "Take the safetensors or PyTorch file of the same model."),
     (b"\x1f\x8b", "a gzip archive", "Unpack it first."),
     (b"<", "an HTML or XML page, most likely a failed download", "Download it again."),
-    (b"{", "a JSON file", "If it is an index of shards, open the folder that holds it."),
+    (b"{", "a JSON file", "An index of shards is called *.safetensors.index.json or *.bin.index.json: rename it."),
 )
 
 

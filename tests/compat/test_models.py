@@ -192,8 +192,9 @@ def test_bad_calls_are_refused(clip, t5):
         clip(None)
     with pytest.raises(ClipJaxError, match="90 tokens per row, the model has 77"):
         clip(np.zeros((1, 90), int))
-    with pytest.raises(ClipJaxError, match="Expected ids from 0 to 9999, .* found [0-9]+ to 49407"):
-        t5(IDS)
+    for ids in (IDS, IDS.tolist()):
+        with pytest.raises(ClipJaxError, match="Expected ids from 0 to 9999, .* found [0-9]+ to 49407"):
+            t5(ids)
     with pytest.raises(ClipJaxError, match=r"train=True means dropout, of which the config asks for 0.1"):
         t5(T5_IDS, train=True)  # transformers' default, where the config does not say
     t5.config.dropout_rate = 0.0

@@ -301,8 +301,8 @@ def test_two_of_a_kind_are_refused(tmp_path):
 def test_t5_alone_is_no_family(tmp_path):
     refused(
         write(tmp_path, T5),
-        r"holds t5 alone \(which clip_jax.compat.FlaxT5EncoderModel reads\); expected the text encoders of a family "
-        r"\(.*flux: clip_l, t5\)\. Name the files",
+        r"holds t5 alone \(which clip_jax.compat.FlaxT5EncoderModel reads, from a folder of transformers\); expected "
+        r"the text encoders of a family \(.*flux: clip_l, t5\)\. Name the files",
     )
 
 
@@ -356,6 +356,8 @@ def test_a_projection_of_ones_is_a_dummy(tmp_path):
         clip_jax.load(sources, config=configs_of("sdxl_refiner"))
     encoder = clip_jax.load(sources, config=configs_of("sdxl_refiner"), text_projection="as_is")
     assert np.all(encoder.params["clip_g"]["text_projection"]["kernel"] == 1)
+    for look in (clip_jax.info, clip_jax.load_tokenizers):
+        assert look(sources, config=configs_of("sdxl_refiner"), text_projection="as_is")
 
 
 def test_a_projection_that_looks_transposed_is_told_and_can_be_mended(tmp_path):

@@ -199,7 +199,7 @@ def test_no_tokenizer_files(tmp_path):
     (tmp_path / "config.json").touch()
     message = (
         r"vocab\.json and merges\.txt missing, and no tokenizer\.json\. Expected .* of a CLIP tokenizer; "
-        r"found: config\.json, model\.safetensors\. Pass the tokenizer folder, or use the packaged"
+        r"found: config\.json, model\.safetensors\. Pass the folder of a CLIP tokenizer"
     )
     with pytest.raises(CheckpointError, match=message):
         ClipTokenizer.from_folder(tmp_path)
