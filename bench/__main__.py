@@ -117,7 +117,7 @@ def _add_least(case: dict[str, Any], ours: str, ceilings: Mapping[str, Any]) -> 
     if entry is not None:
         case["flops"] = ceilings["flops"][f"{case['preset']}:{case['batch']}"]
         entry["least_ms"] = least_ms(
-            case["flops"], entry["params_mib"], ceilings["matmul_gops"][case["precision"]], ceilings["copy_gbps"]
+            case["flops"], entry["read_mib"], ceilings["matmul_gops"][case["precision"]], ceilings["copy_gbps"]
         )
 
 

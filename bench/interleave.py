@@ -21,7 +21,7 @@ class Turns(NamedTuple):
         ms: Of each warm call that counts, in order.
         after_pause_ms: Of the call before each of them, the first one after a pause.
         peak_rss_mib: Of each worker's process.
-        other_cores: How many cores other processes took meanwhile, on average.
+        other_cores: How many cores other processes took meanwhile, pauses included, on average.
     """
 
     ms: dict[str, list[float]]
@@ -35,17 +35,21 @@ def take_turns(workers: Sequence[Worker], repeats: int) -> Turns:
     ms: dict[str, list[float]] = {worker.name: [] for worker in workers}
     after_pause_ms: dict[str, list[float]] = {worker.name: [] for worker in workers}
     peaks: dict[str, int] = {}
-    wall = cpu = busy = 0.0
+    cpu: dict[str, float] = {}
+    begin = before = 0.0
+
+    def others() -> float:  # CPU seconds of all processes but this one and the workers
+        return busy_seconds() - time.process_time() - sum(cpu.values())
+
     for turn in range(WARMUP + repeats):
+        if turn == WARMUP:
+            begin, before = time.perf_counter(), others()
         for worker in workers:
             time.sleep(PAUSE_S)
-            begin, busy_before = time.perf_counter(), busy_seconds()
             sample = worker.ask({})
-            busy += busy_seconds() - busy_before
-            wall += time.perf_counter() - begin
-            cpu += sample["cpu_s"]
-            peaks[worker.name] = sample["peak_rss_mib"]
+            cpu[worker.name], peaks[worker.name] = sample["cpu_s"], sample["peak_rss_mib"]
             if turn >= WARMUP:
                 ms[worker.name].append(sample["ms"])
                 after_pause_ms[worker.name].append(sample["after_pause_ms"])
-    return Turns(ms, after_pause_ms, peaks, round(max(0.0, (busy - cpu) / wall), 2))
+    other_cores = (others() - before) / (time.perf_counter() - begin)
+    return Turns(ms, after_pause_ms, peaks, round(max(0.0, other_cores), 2))

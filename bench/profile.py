@@ -30,6 +30,7 @@ from bench.stats import summary
 from bench.workers.about import device_facts
 from clip_jax import TextEmbeddings, TextEncoder, Tokens
 from clip_jax.embed import embed
+from clip_jax.errors import ClipJaxError
 from clip_jax.frozen import freeze
 from clip_jax.handover import pack, pays
 
@@ -65,8 +66,9 @@ KINDS = ("products", *_SCOPES)
 BETWEEN = "between"
 
 _INSTRUCTION = re.compile(r"^ *(?:ROOT )?%?(?P<name>[\w.-]+) = (?P<text>.*)$", re.MULTILINE)
-_PRODUCT = re.compile(r"gemm|__onednn\$matmul|__cublas|/dot_general\"")
+_PRODUCT = re.compile(r"gemm|__onednn\$matmul|__cublas|/dot_general$")
 _PATH = re.compile(r'op_name="([^"]*)"')
+_TARGET = re.compile(r'custom_call_target="([^"]*)"')
 _NAME = re.compile(r"%([\w.-]+)")
 
 
@@ -89,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results", metavar="FOLDER")
     args = parser.parse_args(argv)
     cases = [(preset, name) for preset in args.presets for name in args.programs]
-    result = {
+    result: dict[str, Any] = {
         "schema": 1,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         **git_state(),
@@ -97,11 +99,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         "device": device["name"],
         "versions": versions("jax", "jaxlib", "flax"),
         "calls": _CALLS,
-        "profile": [_measure(preset, name, programs[name]) for preset, name in tqdm(cases, disable=None)],
+        "profile": [],
+        "left_out": {},
     }
     args.out.mkdir(parents=True, exist_ok=True)
     out = args.out / f"profile-{slug(device)}.json"
-    out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    for preset, name in tqdm(cases, disable=None):
+        try:
+            result["profile"].append(_measure(preset, name, programs[name]))
+        except (ClipJaxError, RuntimeError) as error:  # what a device cannot do loses nothing of what it can
+            result["left_out"][f"{preset} {name}"] = str(error).partition("\n")[0]
+        out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     for case in result["profile"]:
         tell_noise(case["other_cores"], f"{case['preset']} {case['program']}")
 
@@ -179,13 +187,14 @@ def kinds(program: str) -> dict[str, str]:
     """What each operation of a program is for, as in `KINDS`; of XLA's text."""
     found: dict[str, str] = {}
     for instruction in _INSTRUCTION.finditer(program):
-        path = _PATH.search(instruction["text"])
+        path, target = (pattern.search(instruction["text"]) for pattern in (_PATH, _TARGET))
         if path:
             kind = next(kind for kind, pattern in _SCOPES.items() if re.search(pattern, path[1]))
         else:  # a product of attention loses its path when XLA rewrites it, what it is made of keeps its own
             operands = (found.get(name) for name in _NAME.findall(instruction["text"]))
             kind = next((kind for kind in operands if kind), "the rest")
-        if kind != "attention" and _PRODUCT.search(f"{instruction['name']} {instruction['text']}"):
+        itself = [instruction["name"], *(match[1] for match in (path, target) if match)]  # not what it is made of
+        if kind != "attention" and any(map(_PRODUCT.search, itself)):
             kind = "products"  # whatever its path, which may be that of a residual that is added in it
         found[instruction["name"]] = kind
     return found

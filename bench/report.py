@@ -227,11 +227,12 @@ def _render_profile(result: Mapping[str, Any], source: str) -> str:
         parts = [number(profiled[kind]) for kind in kinds]
         rows.append([case["preset"], case["program"], spread, number(sum(profiled.values())), *parts])
     others = max(case["other_cores"] for case in result["profile"])
+    left_out = "".join(f" Left out: {case} ({why})." for case, why in result.get("left_out", {}).items())
     return (
         f"{_table(rows)}\n\nMilliseconds of a call with one prompt, and its negative where the family has guidance; "
         f"random weights; {result['calls']} warm calls without the profiler, median (quartiles), and as many with it, "
-        f"of which the middle half by time is averaged. {result['device']}, at most {others} CPU cores taken by "
-        f"others; {listed(result['versions'])}; {when(result)}; `{source}`."
+        f"of which the middle half by time is averaged.{left_out} {result['device']}, at most {others} CPU cores taken "
+        f"by others; {listed(result['versions'])}; {when(result)}; `{source}`."
     )
 
 
@@ -249,7 +250,9 @@ def splice(text: str, table: str, name: str) -> str:
     before, start, rest = text.partition(first)
     _, end, after = rest.partition(last)
     if not (start and end) or first in rest or last in before + after:
-        raise ReportError(f"Expected {first} and {last} once each, in this order, around the table.")
+        raise ReportError(
+            f"Expected {first} and {last} once each, in this order; put them where the table is to stand."
+        )
     return f"{before}{first}\n\n{table}\n\n{last}{after}"
 
 
@@ -268,7 +271,10 @@ def main(argv: Sequence[str] | None = None) -> None:
                 continue
             path = ROOT / table.document
             text = path.read_text(encoding="utf-8")
-            wanted = splice(text, table.text, table.marker)
+            try:
+                wanted = splice(text, table.text, table.marker)
+            except ReportError as error:
+                raise ReportError(f"{path}: {error}") from error
             if args.write:
                 path.write_text(wanted, encoding="utf-8")
             elif wanted != text:

@@ -20,6 +20,6 @@ def pairwise_ratio(ours: Sequence[float], peer: Sequence[float]) -> dict[str, fl
     return {name: float(f"{value:.4g}") for name, value in found.items()}  # some are of microseconds to seconds
 
 
-def least_ms(flops: float, params_mib: float, matmul_gops: float, copy_gbps: float) -> float:
-    """The least time of a call, by what the machine was measured to do: its products, or reading the params once."""
-    return round(max(flops / matmul_gops / 1e6, params_mib * 2**20 / copy_gbps / 1e6), 4)
+def least_ms(flops: float, read_mib: float, matmul_gops: float, copy_gbps: float) -> float:
+    """The least time of a call, by what the machine was measured to do: its products, or reading its kernels once."""
+    return round(max(flops / matmul_gops / 1e6, read_mib * 2**20 / copy_gbps / 1e6), 4)

@@ -17,7 +17,7 @@ def start_jax(precision: str, *packages: str) -> dict[str, Any]:
     import jax
 
     device = jax.devices()[0]
-    if device.platform != "cpu" and precision == "float32":
+    if device.platform != "cpu" and precision != "bfloat16":  # what int8 leaves is float32
         # jax's default is less than float32 on accelerators, torch's is not. No difference on a CPU.
         jax.config.update("jax_default_matmul_precision", "highest")
     return {

@@ -22,7 +22,7 @@ def start(case: Message) -> Model:
             raise RuntimeError("worn out")
 
     about = {"platform": options.get("platform", "cpu"), "device": "abacus", "versions": {"python": "3"}}
-    facts = {"about": about, "seen": case, "params_mib": 1.0}
+    facts = {"about": about, "seen": case, "read_mib": 1.0}
     value = options.get("value", 1.0)
     return Model(facts, call, lambda _: {"prompt_embeds": np.full((len(case["ids"]), 77, 8), value, np.float32)})
 

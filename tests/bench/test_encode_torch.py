@@ -33,6 +33,7 @@ def calls(monkeypatch):
         inference_mode=lambda: lambda function: function,
         get_num_threads=lambda: 1,
     )
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")  # which a start sets
     monkeypatch.setitem(sys.modules, "torch", torch)
     monkeypatch.setitem(sys.modules, "bench.workers.towers", types.SimpleNamespace(Towers=Towers))
     monkeypatch.setattr(encode_torch, "versions", lambda *_: {})

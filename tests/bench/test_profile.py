@@ -1,5 +1,6 @@
 """What the profile makes of a program and of its operations; and one of a small encoder, as it is run."""
 
+import json
 import sys
 
 import pytest
@@ -22,6 +23,7 @@ ENTRY %main (p: f32[77,64]) -> f32[77,64] {{
   %t5 = f32[77,64]{{1,0}} fusion(%wi), metadata={{op_name="jit(f)/T5Encoder/0/layer/0/SelfAttention/reduce_max"}}
   %fc2 = f32[77,64]{{1,0}} custom-call(%t5), custom_call_target="__onednn$matmul", metadata={{op_name="{SCOPE}/add"}}
   %gemm_fusion.4 = f32[77,64]{{1,0}} fusion(%fc2), metadata={{op_name="{SCOPE}/self_attn/out_proj/add"}}
+  %norm2 = f32[77,64]{{1,0}} fusion(%gemm_fusion.4), metadata={{op_name="{SCOPE}/layer_norm2/reduce_sum"}}
   %sums = f32[77,64]{{1,0}} custom-call(%heads), custom_call_target="__onednn$matmul"
   ROOT %o = f32[77,64]{{1,0}} custom-call(%t5), metadata={{op_name="jit(f)/T5/0/layer/0/SelfAttention/o/dot_general"}}
 }}
@@ -42,6 +44,7 @@ def test_operations_are_told_by_the_module_that_they_come_from():
         "t5": "attention",
         "fc2": "products",
         "gemm_fusion.4": "products",
+        "norm2": "norms",
         "sums": "attention",
         "o": "products",
     }
@@ -76,6 +79,21 @@ def test_other_platforms_are_refused(monkeypatch):
     monkeypatch.setattr(profile, "device_facts", lambda: {"platform": "tpu", "name": "TPU v4"})
     with pytest.raises(SystemExit, match="is for cpu and gpu, found tpu"):
         profile.main([])
+
+
+def test_what_one_program_cannot_do_loses_nothing_of_the_others(monkeypatch, tmp_path):
+    monkeypatch.setattr(profile, "device_facts", lambda: {"platform": "gpu", "name": "Abacus"})
+    monkeypatch.setattr(profile, "_measure", lambda preset, name, _: measured[name]())
+    case = {"preset": "sd15", "program": "bfloat16", "other_cores": 0.0}
+
+    def no_cudnn():
+        raise RuntimeError("no cuDNN here\nand much more")
+
+    measured = {"bfloat16": lambda: case, "bfloat16, cuDNN": no_cudnn, "int8": lambda: case}
+    profile.main(["--programs", *measured, "--out", str(tmp_path)])
+    result = json.loads((tmp_path / "profile-abacus.json").read_text())
+    assert result["profile"] == [case, case]
+    assert result["left_out"] == {"sd15 bfloat16, cuDNN": "no cuDNN here"}
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="names of operations are those of Linux' CPUs")

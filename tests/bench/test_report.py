@@ -92,7 +92,7 @@ def test_outside_a_commit_with_nothing_left_out():
 
 
 @pytest.mark.parametrize(
-    ("benchmark", "header", "row"),
+    ("name", "header", "row"),
     [
         (
             "compat",
@@ -112,16 +112,16 @@ def test_outside_a_commit_with_nothing_left_out():
         ),
     ],
 )
-def test_the_other_benchmarks_have_columns_of_their_own(benchmark, header, row):
+def test_the_other_benchmarks_have_columns_of_their_own(name, header, row):
     case = copy.deepcopy(RESULT["cases"][0]) | {"preset": "clip_l", "batch": 1}
     for entry in case["contenders"].values():
         entry |= {"import_s": 3.0, "load_s": 0.25}
-    result = {**RESULT, "benchmark": benchmark, "cases": [case]}
+    result = {**RESULT, "benchmark": name, "cases": [case]}
     lines = render(result, "run.json").splitlines()
     assert lines[0] == header
     assert lines[3] == row
-    document = "docs/migration.md" if benchmark == "compat" else "README.md"
-    assert places(result) == [(f"bench:{benchmark}", document)]
+    document = "docs/migration.md" if name == "compat" else "README.md"
+    assert places(result) == [(f"bench:{name}", document)]
 
 
 def places(result):

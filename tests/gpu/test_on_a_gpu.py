@@ -67,7 +67,7 @@ def test_params_are_handed_over_packed_and_compute_the_same(folders, name):
     found = encoder.encode(tokens)
     assert encoder._handover is not None
     wanted = clip_jax.text_embeddings(encoder.params, tokens, family=encoder.family)
-    assert error(found, wanted) < 1e-6
+    assert error(found, wanted) < 1e-5
     moved = on(CPU, encoder)
     assert moved.encode(tokens).prompt_embeds.devices() == {CPU}
     assert moved._handover is None
@@ -103,7 +103,7 @@ def test_exported_programs_run(folders, tmp_path):
     encoder = loaded(folders, "sdxl", GPU)
     encoder.export(tmp_path / "exported", platforms="cuda")
     exported = clip_jax.load_exported(tmp_path / "exported", cache_bytes=0)
-    assert error(exported(PROMPTS, "blurry"), encoder(PROMPTS, "blurry")) < 1e-6
+    assert error(exported(PROMPTS, "blurry"), encoder(PROMPTS, "blurry")) < 1e-5
 
 
 def test_nothing_is_frozen(folders):
