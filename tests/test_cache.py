@@ -519,6 +519,7 @@ def test_many_rows_are_joined_a_few_at_a_time(loaded, monkeypatch):
     assert sizes == [16, 16, 16, 16, 6, 5]
 
 
+@pytest.mark.slow
 def test_rows_of_zeros_of_another_length_are_others(tmp_path):
     folder = write_family(tmp_path / "sd3", clip_jax.FAMILIES["sd3"])
     encoder = clip_jax.load(folder, family="sd3", without="t5")

@@ -269,6 +269,7 @@ def test_convert_options(tiny_sd15, tmp_path, capsys):
     assert main([*command, "--overwrite"]) == 0
 
 
+@pytest.mark.slow
 def test_quantised_params_are_written_shown_and_used(tiny_sd15, tmp_path, capsys):
     command = ["convert", str(tiny_sd15), str(tmp_path / "out"), "--family", "sd15", "--quantize", "int8"]
     assert main(command) == 0

@@ -45,6 +45,7 @@ def test_a_second_process_compiles_nothing(tiny_sd15, tmp_path):
     }
 
 
+@pytest.mark.slow
 def test_the_folder_may_be_chosen(tiny_sd15, tmp_path):
     code = "import sys, clip_jax; print(clip_jax.enable_compilation_cache(*sys.argv[1:]))"
     smallest = "import jax; print(jax.config.jax_persistent_cache_min_entry_size_bytes)"
@@ -97,6 +98,7 @@ def compiled_by(caplog, call):
     return [record.getMessage() for record in caplog.records if record.getMessage().startswith("Compiling")]
 
 
+@pytest.mark.slow
 def test_after_a_warmup_of_many_a_negative_for_all_compiles_nothing(encoder, caplog):
     jax.clear_caches()
     encoder = TextEncoder(encoder.family, encoder.params, encoder.tokenizers)

@@ -55,6 +55,7 @@ def test_dtype_is_cast_at_the_end(encoder, tokens):
     np.testing.assert_array_equal(half, exact.astype(jnp.float16))
 
 
+@pytest.mark.slow
 def test_compute_dtype_is_that_of_the_params_by_default(encoder, tokens):
     low = jax.tree.map(lambda x: x.astype(jnp.bfloat16), encoder.params)
     out = text_embeddings(low, tokens, family=encoder.family)

@@ -86,6 +86,7 @@ def test_what_it_was_not_made_for_is_refused(pair, exported):
             exported("a cat")
 
 
+@pytest.mark.slow
 @of_one_family
 def test_damage_and_other_folders_are_told(pair, tmp_path):
     encoder, folder = pair
@@ -111,6 +112,7 @@ def test_damage_and_other_folders_are_told(pair, tmp_path):
         clip_jax.load_exported(tmp_path / "damaged")
 
 
+@pytest.mark.slow
 @of_one_family
 def test_a_newer_version_is_told(pair, tmp_path):
     encoder, _ = pair
@@ -130,6 +132,7 @@ def test_other_platforms_are_refused(pair, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_layers_are_those_of_then_for_whatever_the_cache_lacks(tiny_sd15, tmp_path):
     encoder = clip_jax.load(tiny_sd15, family="sd15", cache_bytes=0)
     encoder.export(tmp_path / "out", clip_skip=1)
@@ -153,6 +156,7 @@ def test_another_dtype_is_refused(pair):
         exported("a cat", **options(exported))
 
 
+@pytest.mark.slow
 def test_lengths_of_absent_rows_are_those_of_then(tmp_path):
     """SD 3's zeros for T5, of which no ids tell how many there are."""
     source = write_family(tmp_path / "source", clip_jax.FAMILIES["sd3"])
@@ -174,6 +178,7 @@ def test_the_length_of_t5_is_that_of_then(pair, exported):
         exported("a cat", max_sequence_length=16)
 
 
+@pytest.mark.slow
 @of_one_family
 def test_it_may_be_copied_after_a_call(pair, exported):
     wanted = exported("a cat", **options(exported))
@@ -202,6 +207,7 @@ def test_an_unknown_family_is_told(pair, tmp_path):
         clip_jax.load_exported(folder)
 
 
+@pytest.mark.slow
 def test_a_layer_of_negatives_is_not_taken_for_prompts(tmp_path):
     source = write_family(tmp_path / "sdxl", clip_jax.FAMILIES["sdxl"])
     clip_jax.load(source, family="sdxl").export(tmp_path / "out", clip_skip_negative=1, platforms="cpu")

@@ -145,6 +145,7 @@ def test_the_refiner_encodes_the_empty_negative(encoders):
     assert encoders["sdxl_refiner"]("a cat").uncond.prompt_embeds.any()
 
 
+@pytest.mark.slow
 def test_force_zeros_of_the_pipeline_decides(folders, tmp_path):
     folder = write_family(tmp_path, FAMILIES["sdxl"])
     index = json.loads((folder / "model_index.json").read_text())
@@ -238,6 +239,7 @@ def test_sdxl_does_not_run_the_last_block_of_clip_l(encoders):
     assert len(re.findall(rf"f32\[\S*,{f}\]\S* dot\(", text)) <= 2 + 4 + 4  # two blocks of L; bigG's are 96 wide
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("skip", [0, 1, 2])
 def test_clip_skip_counts_from_the_penultimate_layer(encoders, skip):
     encoder = encoders["sdxl"]
@@ -250,6 +252,7 @@ def test_clip_skip_counts_from_the_penultimate_layer(encoders, skip):
     np.testing.assert_allclose(out.pooled_prompt_embeds, encoder("a cat", "bad").pooled_prompt_embeds, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_bfloat16_and_float16_are_near_float32(folders, encoders):
     exact = encoders["sd3"]("a cat", "bad")
     for dtype, tolerance in (("bfloat16", 0.02), ("float16", 0.005)):
@@ -261,6 +264,7 @@ def test_bfloat16_and_float16_are_near_float32(folders, encoders):
             assert error < tolerance
 
 
+@pytest.mark.slow
 def test_float16_keeps_wo_of_t5_in_float32(folders, tmp_path):
     encoder = clip_jax.load(folders["flux"], dtype="float16")
     encoder.save(tmp_path / "saved")
@@ -446,6 +450,7 @@ def test_random_weights_of_t5_are_not_all_zeros(monkeypatch):
     assert not np.allclose(one, other, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_tower_that_is_left_out_need_not_be_there(tmp_path):
     folder = write_family(tmp_path, FAMILIES["sd3"])
     (folder / "text_encoder_3" / "config.json").write_text("damaged")
@@ -485,6 +490,7 @@ def test_the_default_length_given_by_name_compiles_nothing_new(encoders):
     assert text_embeddings._cache_size() == before
 
 
+@pytest.mark.slow
 def test_half_precision_params_are_computed_with_in_half_precision(folders):
     encoder = clip_jax.load(folders["flux"], dtype="float16")
     out = text_embeddings(encoder.params, encoder.tokenize("a cat"), family=encoder.family)
@@ -537,6 +543,7 @@ def test_rows_are_as_long_as_positions_and_tokenizer_allow():
     assert [family.row_length(family.towers[0], length) for length in (77, 1000)] == [77, 248]
 
 
+@pytest.mark.slow
 def test_rows_that_are_joined_are_as_long_as_the_shorter(tmp_path):
     """A LongCLIP beside bigG: SDXL joins the rows of both, and FLUX takes of CLIP-L none but the pooled one."""
     long = dataclasses.replace(TINY, max_position_embeddings=248)

@@ -81,6 +81,7 @@ def test_products_are_packed(tmp_path):
     same(encoder("a cat", negative_prompt="blurry"), wanted, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_bfloat16_of_float32_params(encoder):
     mine = another(encoder, dtype="bfloat16")
     wanted = mine("a cat").cond.prompt_embeds
@@ -132,6 +133,7 @@ def test_a_call_that_began_before_params_were_exchanged_leaves_the_new_programs(
     assert len(programs(mine)) == 1
 
 
+@pytest.mark.slow
 def test_they_are_left_aside_where_jit_is(encoder):
     mine = another(encoder)
     mine.warmup(freeze=True)
@@ -201,6 +203,7 @@ def test_skipped_layers_of_negatives_do_not_matter_to_prompts_alone(encoder):
     mine("a dog", negative_prompt="blurry", clip_skip_negative=1)
 
 
+@pytest.mark.slow
 def test_interceptors_are_heeded(encoder):
     mine = another(encoder)
     mine.warmup(freeze=True)
@@ -261,6 +264,7 @@ except clip_jax.ClipJaxError as error:
 """
 
 
+@pytest.mark.slow
 def test_a_mesh_is_refused(tiny_sd15):
     environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
     done = subprocess.run(
@@ -287,6 +291,7 @@ for device in jax.devices():
 """
 
 
+@pytest.mark.slow
 def test_ids_on_another_device_go_as_before(tiny_sd15):
     environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
     done = subprocess.run(

@@ -119,6 +119,7 @@ def test_another_dtype_is_computed_with(encoder):
     assert mine("a cat").prompt_embeds.dtype == "bfloat16"
 
 
+@pytest.mark.slow
 def test_interceptors_are_heeded(encoder):
     mine = another(encoder)
     before = mine("a cat").prompt_embeds
@@ -132,6 +133,7 @@ def test_interceptors_are_heeded(encoder):
     np.testing.assert_array_equal(mine("a cat").prompt_embeds, before)
 
 
+@pytest.mark.slow
 def test_it_goes_through_jit_and_without(encoder):
     mine = another(encoder)
     wanted, tokens = mine("a cat").prompt_embeds, mine.tokenize("a cat")

@@ -53,6 +53,7 @@ def test_random_weights_warn_and_work(small):
     assert encoder.provenance == {"source": "random:small", "format": "seeded random weights"}
 
 
+@pytest.mark.slow
 def test_random_weights_are_the_same_in_every_process(small):
     code = """
         import warnings

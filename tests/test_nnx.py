@@ -68,6 +68,7 @@ def test_it_is_split_and_merged(module, encoder):
     assert np.abs(run(doubled, tokens) - run(state, tokens)).max() > 0.1
 
 
+@pytest.mark.slow
 def test_it_is_differentiated(module, encoder):
     tokens = encoder.tokenize("a cat")
     gradients = nnx.grad(lambda module: jnp.square(module(tokens).prompt_embeds).mean())(module)

@@ -28,6 +28,7 @@ def test_captions_end_where_they_are_said_to(few):
     assert captions().tolist() == ids.tolist()
 
 
+@pytest.mark.slow
 def test_both_ways_compute_the_same(few):
     model = FlaxCLIPTextModelWithProjection(SMALL_PROJECTED)
     both = contenders(model)
@@ -36,6 +37,7 @@ def test_both_ways_compute_the_same(few):
     assert np.abs(buckets - whole[::-1]).max() > 1e-2
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_result_has_what_its_table_wants(few, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(features, "_MODELS", {"small": dataclasses.replace(SMALL_PROJECTED, num_hidden_layers=1)})

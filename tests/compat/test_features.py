@@ -72,6 +72,7 @@ def test_texts_without_an_end_are_as_in_a_call(projected):
     np.testing.assert_allclose(projected.get_text_features(ids), projected(ids).text_embeds, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["attention_mask", "position_ids"])
 def test_masks_and_positions_are_cut_alike(projected, name):
     ids = texts([9, 30, 5, 12])
@@ -155,6 +156,7 @@ def test_ids_on_a_device_and_within_a_jit(projected, called):
     np.testing.assert_allclose(jax.jit(projected.get_text_features)(ids), called, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_gradients_are_those_of_a_call(projected):
     ids = texts(SIZES)
 
@@ -171,6 +173,7 @@ def test_ids_in_a_list(projected, called):
     np.testing.assert_allclose(features, called, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_interceptors_are_noticed(projected, called):
     def doubled(call, args, kwargs, context):
         out = call(*args, **kwargs)

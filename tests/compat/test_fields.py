@@ -93,6 +93,7 @@ def test_fields_say_what_is_computed_as_they_did(old_models, tmp_path, name, fie
         np.testing.assert_array_equal(array, same)
 
 
+@pytest.mark.slow
 def test_blocks_after_those_asked_for_are_left_aside(pipeline, clip, t5):
     """Clip-skip: what remains is the model up to there, and its own params alone."""
     with pytest.warns(UserWarning, match="asks for num_hidden_layers=1, found weights of 2 blocks. The rest") as caught:
@@ -245,6 +246,7 @@ def test_names_that_transformers_has_for_other_names():
     assert with_fields(fields, "T5EncoderModel", {"head_dim": 16}).d_kv == 16
 
 
+@pytest.mark.slow
 def test_a_dropout_of_none_is_none():
     fields = TINY_H.to_hf() | {"attention_dropout": None}
     FlaxCLIPTextModel(fields)(np.ones((1, 4), np.int32), train=True)

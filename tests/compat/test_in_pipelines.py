@@ -65,12 +65,14 @@ def test_a_lora_by_interceptor_is_not_lost_in_compiled_code(clip, jitted):
     np.testing.assert_array_equal(clip(IDS, params=added)[0], plain)
 
 
+@pytest.mark.slow
 def test_init_under_an_interceptor_makes_its_params(clip):
     with nn.intercept_methods(lora):
         params = clip.init_weights(jax.random.key(0), (1, 4))
     assert flatten(params)["/".join((*Q_PROJ, "lora-x", "down", "kernel"))].shape == (32, 2)
 
 
+@pytest.mark.slow
 def test_a_lora_goes_through_the_text_encoder_too(encoder):
     encoder("a cat")
     added, merged = with_lora(encoder.params["clip_l"])
@@ -101,6 +103,7 @@ def train_step(state, ids):
     return state.apply_gradients(grads=gradients), value
 
 
+@pytest.mark.slow
 def test_the_encoder_learns(clip):
     state, step = dreambooth_state(clip), jax.jit(train_step)
     losses = []
@@ -127,6 +130,7 @@ def test_a_train_state_is_saved_and_restored(clip, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, again.params, expected.params)
 
 
+@pytest.mark.slow
 def test_axes_are_read_from_init_and_parts_are_placed(clip, t5):
     """As maxdiffusion `max_utils.py` does: shapes, then shardings by the rules, then params into them."""
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("fsdp", "tensor"))
@@ -143,6 +147,7 @@ def test_axes_are_read_from_init_and_parts_are_placed(clip, t5):
         np.testing.assert_allclose(model(ids, params=placed)[0], model(ids)[0], atol=2e-5)
 
 
+@pytest.mark.slow
 def test_boxed_params_are_taken_too():
     model = FlaxCLIPTextModel(SMALL, _do_init=False)
     boxed = model.init_weights(jax.random.key(0))

@@ -161,6 +161,7 @@ def test_a_whole_clip_model_is_read_by_its_text_half():
     assert (plain.config.hidden_size, plain.config.max_position_embeddings, plain.config.projection_dim) == (32, 77, 24)
 
 
+@pytest.mark.slow
 def test_random_params_are_seeded():
     models = [FlaxCLIPTextModel(SMALL, seed=seed) for seed in (0, 0, 1)]
     first, again, other = (flatten(model.params)["text_model/encoder/layers/0/mlp/fc1/kernel"] for model in models)

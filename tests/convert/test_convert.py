@@ -218,6 +218,7 @@ def test_a_hub_repo_is_loaded(repo, tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_a_hub_repo_is_converted_and_named_with_its_commit(repo, tmp_path):
     out = convert("owner/name", tmp_path / "out", family="sd15")
     assert clip_jax.info(out).provenance["source"] == f"owner/name@{repo.commit('owner/name')}"
@@ -225,6 +226,7 @@ def test_a_hub_repo_is_converted_and_named_with_its_commit(repo, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, clip_jax.load(out).params, here.params)
 
 
+@pytest.mark.slow
 def test_options_reach_the_hub(repo, tmp_path):
     repo.repos["owner/name"]["v1"] = repo.repos["owner/name"]["main"] | {"README.md": b"first"}
     convert("owner/name", tmp_path / "out", family="sd15", revision="v1")

@@ -86,6 +86,7 @@ def sd3(tmp_path_factory):
 # --- the round trip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "change"),
     [
@@ -128,6 +129,7 @@ def test_what_is_loaded_is_the_same(sdxl):
         np.testing.assert_array_equal(found.tokenizers[tower].encode(prompts), tokenizer.encode(prompts))
 
 
+@pytest.mark.slow
 def test_zeros_for_no_negative_prompt_are_kept(sdxl, tmp_path):
     source = write_source(tmp_path / "source", "sdxl", dict)
     index = json.loads((source / "model_index.json").read_text())
@@ -301,6 +303,7 @@ def test_tensors_begin_at_multiples_of_8_bytes(tmp_path):
         assert int.from_bytes((folder / "model.safetensors").read_bytes()[:8], "little") % 8 == 0
 
 
+@pytest.mark.slow
 def test_versions_of_a_folder_are_not_mixed(encoder, tmp_path, monkeypatch):
     encoder.save(tmp_path / "source")
     module = importlib.import_module("clip_jax.convert.export")  # not the function of that name

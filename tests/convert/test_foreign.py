@@ -313,6 +313,7 @@ def test_pipelines_that_encode_as_others_do(pipeline, small_families, monkeypatc
     assert clip_jax.info(pipeline).family == alike
 
 
+@pytest.mark.slow
 def test_of_a_whole_clip_the_family_knows_the_pad_token(tiny_sd21, tmp_path):
     """The tokenizer beside OpenCLIP's weights pads with another token than SD 2.x, which was trained on them."""
     source = write_clip_model(tmp_path / "clip", TINY_H, hf_state(TINY_H))

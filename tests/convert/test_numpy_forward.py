@@ -78,6 +78,7 @@ def swapped(state, *pairs):
 # --- against our models
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CLIPS)
 def test_clip_equals_our_model(name):
     config, ids = CLIPS[name], random_ids(20)

@@ -167,6 +167,7 @@ def test_position_count_comes_from_the_config():
         jax.eval_shape(model.init_with_output, jax.random.key(0), jnp.zeros((1, 249), jnp.int32))
 
 
+@pytest.mark.slow
 def test_bfloat16_outputs_are_near_float32(params, ids):
     low = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), params)
     out = jax.jit(ClipTextModel(TINY, dtype=jnp.bfloat16).apply)({"params": low}, jnp.asarray(ids)).last_hidden_state

@@ -105,6 +105,7 @@ def test_cuda_gets_cudnn_and_others_do_not(cudnn, folder):
     assert not asked(lowered(encoder, tokens, "tpu"))
 
 
+@pytest.mark.slow
 def test_elsewhere_results_are_the_same(cudnn, folder):
     """Params may be moved to a CPU; and a program with cuDNN in it has the other computation for that."""
     prompts = ["a cat", "two dogs in the rain", "a lighthouse"]
@@ -124,6 +125,7 @@ def test_a_mask_of_tokens_is_not_for_cudnn(cudnn):
     assert (calls(), calls(jnp.ones((1, 5)))) == (1, 0)
 
 
+@pytest.mark.slow
 def test_weights_of_attention_are_still_to_be_had(cudnn):
     ids = jnp.arange(5)[None]
     plain, fused = (ClipTextModel(TINY, jnp.bfloat16, attention=attention) for attention in ("xla", "cudnn"))

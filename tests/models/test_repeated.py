@@ -45,6 +45,7 @@ def test_the_program_does_not_grow_with_the_number_of_blocks(model):
     assert lowered_length(model, 12) == lowered_length(model, 4) > 0
 
 
+@pytest.mark.slow
 def test_outputs_are_those_of_blocks_traced_one_by_one(model, params, monkeypatch):
     ours = jax.jit(lambda p, i: model.apply({"params": p}, i))(params, ids(3))
     monkeypatch.setattr(repeated, "intercepted", lambda: True)
@@ -53,6 +54,7 @@ def test_outputs_are_those_of_blocks_traced_one_by_one(model, params, monkeypatc
     jax.tree.map(np.testing.assert_array_equal, ours, plain)
 
 
+@pytest.mark.slow
 def test_a_model_of_the_same_shapes_is_not_run_as_another(model, params):
     other = {"layer_norm_epsilon": 0.5} if isinstance(model.config, T5EncoderConfig) else {"hidden_act": "quick_gelu"}
     changed = dataclasses.replace(model, config=dataclasses.replace(model.config, **other))
@@ -60,6 +62,7 @@ def test_a_model_of_the_same_shapes_is_not_run_as_another(model, params):
     assert np.abs(first - second).max() > 1e-4
 
 
+@pytest.mark.slow
 def test_gradients_reach_every_block(model, params):
     grads = jax.jit(jax.grad(lambda p: model.apply({"params": p}, ids(2)).last_hidden_state.std()))(params)
     empty = {path for path, leaf in flatten(grads).items() if not np.any(leaf)}
@@ -89,6 +92,7 @@ def test_an_interceptor_sees_every_block(model, params):
         assert any(inner.format(block) in path for path in seen)
 
 
+@pytest.mark.slow
 def test_threads_may_trace_at_the_same_time(model, params, trace_anew):
     run = jax.jit(lambda p, i: model.apply({"params": p}, i).last_hidden_state)
     found = {}

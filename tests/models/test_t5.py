@@ -87,6 +87,7 @@ def test_initial_weights_have_the_spread_of_transformers():
 # Outputs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layers", [1, 3])
 def test_there_is_one_hidden_state_more_than_layers_and_the_last_is_normed(layers):
     model = T5Encoder(dataclasses.replace(TINY, num_layers=layers))
@@ -252,6 +253,7 @@ def test_float16_outputs_are_near_float32(params, ids, factors, dtype):
     assert [h.dtype for h in out.hidden_states] == [jnp.dtype(dtype) for dtype in dtypes]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("factors", [{"wo": 3e4}, {"wi_0": 300.0, "wi_1": 300.0}])
 def test_float16_would_overflow_without_the_rule_for_wo(params, ids, factors, monkeypatch, trace_anew):
     monkeypatch.setattr(t5, "T5DenseReluDense", PlainFeedForward)

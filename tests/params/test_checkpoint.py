@@ -62,6 +62,7 @@ def clip_jax_specs(path):
     return ckpt.read_specs(path, ckpt.read_metadata(path).configs)["clip_l"]
 
 
+@pytest.mark.slow
 def test_threads_write_one_after_the_other(encoder, tmp_path):
     """Orbax' own threads may wait for ever for each other's, where two write at once."""
     writing, most = [], []
@@ -176,6 +177,7 @@ def test_a_file_that_is_missing_or_cut_short_is_an_error(copy):
         clip_jax.load(copy)
 
 
+@pytest.mark.slow
 def test_data_of_the_right_size_that_cannot_be_read_is_one_line_on_the_command_line(copy):
     for file in (copy / "state").rglob("d/*"):
         file.write_bytes(b"\0" * file.stat().st_size)

@@ -164,6 +164,7 @@ def test_rows_do_not_depend_on_the_others(quantized, layer):
     np.testing.assert_allclose(alone, beside, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_what_an_activation_returns_has_a_zero_point():
     keys = jax.random.split(jax.random.key(0))
     x = jax.nn.gelu(jax.random.normal(keys[0], (2, 7, 512))).at[0, 0].set(0)
@@ -182,6 +183,7 @@ def test_what_an_activation_returns_has_a_zero_point():
     assert error(Dense) > 0.012  # with a scale alone
 
 
+@pytest.mark.slow
 def test_t5_and_pooled_outputs(flux, quantize):
     whole, low = (clip_jax.load(flux, quantize=name)("a cat", max_sequence_length=32) for name in (None, quantize))
     for name in ("prompt_embeds", "pooled_prompt_embeds"):
@@ -189,6 +191,7 @@ def test_t5_and_pooled_outputs(flux, quantize):
         assert 0 < jnp.linalg.norm(found - wanted) / jnp.linalg.norm(wanted) < 1.5 * BOUNDS[quantize]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_low_precision_is_as_exact_as_the_scheme(tiny_sd15, encoder, quantize, expected, dtype):
     low = clip_jax.load(tiny_sd15, family="sd15", dtype=dtype, quantize=quantize)
@@ -250,6 +253,7 @@ def test_in_a_jit_of_the_users_own_and_as_an_nnx_module(quantized):
     np.testing.assert_allclose(module(tokens).prompt_embeds, wanted, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_interceptors_see_every_layer_once(quantized, encoder):
     calls = []
 
@@ -402,6 +406,7 @@ def test_a_checkpoint_that_lacks_a_scale_is_refused(saved, quantize, tmp_path):
 # What it costs those who do without
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantize", ["int8"], indirect=True)
 def test_without_quantised_params_qwix_is_not_imported(tiny_sd15, saved):
     work = f"import clip_jax, clip_jax.cli; clip_jax.load({str(tiny_sd15)!r}, family='sd15')('a cat')"

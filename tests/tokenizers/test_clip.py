@@ -156,7 +156,7 @@ def test_all_prompts_that_do_not_fit_are_named(clip):
         "Prompts of more than 77 tokens (BOS and EOS included):\n"
         "  prompt[1]: 79 tokens, 2 too many; does not fit: 'Café  DOG'\n"
         "  prompt[2]: 78 tokens, 1 too many; does not fit: 'x '\n"
-        'Shorten them, or pass overflow="truncate" to drop the ends.'
+        'Shorten them, or pass overflow="truncate" (--overflow truncate) to drop the ends.'
     )
 
 
