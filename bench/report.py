@@ -213,7 +213,7 @@ def _render_kernels(result: Mapping[str, Any], source: str) -> str:
     return (
         f"{_table(rows)}\n\nOf a call with one prompt, and its negative where the family has guidance, in bfloat16; "
         f"compiled for a description of {result['target']}, so without autotuning; nothing was run. "
-        f"{listed(result['versions'])}; {result['date'][:10]}, commit {result['commit'][:7]}; `{source}`."
+        f"{listed(result['versions'])}; {when(result)}; `{source}`."
     )
 
 

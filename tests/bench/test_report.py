@@ -240,6 +240,7 @@ def test_operations_are_held_against_what_diffusers_runs():
 KERNELS = {
     "date": "2026-01-02T03:04:05+00:00",
     "commit": "0123456789abcdef",
+    "dirty": False,
     "target": "Some GPU",
     "versions": {"python": "3.14.1", "jax": "0.12.0"},
     "kernels": [
