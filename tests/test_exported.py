@@ -81,9 +81,6 @@ def test_no_module_is_run(pair):
 def test_what_it_was_not_made_for_is_refused(pair, exported):
     with pytest.raises(ClipJaxError, match="clip_skip|no hidden state of CLIP"):
         exported("a cat", clip_skip=1, **options(exported))
-    if exported.family.name == "flux":
-        with pytest.raises(ClipJaxError, match=r"exported for rows of \{.*'t5': 32\} ids, found .*'t5': 512"):
-            exported("a cat")
 
 
 @pytest.mark.slow
