@@ -112,6 +112,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     for case in result["profile"]:
         tell_noise(case["other_cores"], f"{case['preset']} {case['program']}")
+    for case, why in result["left_out"].items():
+        print(f"bench.profile: {case} is left out: {why}", file=sys.stderr)
 
 
 def _measure(preset: str, program: str, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -218,6 +218,8 @@ def _render_kernels(result: Mapping[str, Any], source: str) -> str:
 
 
 def _render_profile(result: Mapping[str, Any], source: str) -> str:
+    if not result["profile"]:
+        raise ReportError(f"{source} has no program that ran.")
     kinds = list(result["profile"][0]["profiled_ms"])
     header = ["preset", "program", "ms", "in the profile", *kinds]
     rows = [header, ["---", "---", *["---:"] * len(header[2:])]]

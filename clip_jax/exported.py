@@ -46,8 +46,8 @@ class ExportedTextEncoder(TextEncoder):
                 f"The programs were exported for {self.programs.dtype}, found {self.dtype.name}. Export again, or load "
                 f"the folder with `clip_jax.load`."
             )
-        default = self.family.max_sequence_length
-        exported, length = (n or default for n in (self.programs.max_sequence_length, tokens.max_sequence_length))
+        exported = self.family.max_sequence_length
+        length = tokens.max_sequence_length or exported
         if length != exported:
             raise ClipJaxError(
                 f"The programs were exported for max_sequence_length={exported}, found {length}. Leave it out, or "

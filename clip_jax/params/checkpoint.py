@@ -46,9 +46,8 @@ _UNREADABLE = (OSError, json.JSONDecodeError, UnicodeDecodeError, RecursionError
 _READ_BYTES = 256 * 2**20
 # A process that wants a part of a parameter reads all chunks that it touches; small ones take memory to write.
 _CHUNK_BYTES = 2**24
-_WRITING = (
-    threading.Lock()
-)  # Orbax counts what it does by one number for the process, and threads wait for each other's
+# Orbax counts what it does by one number for the process, and of several threads each waits for the others.
+_WRITING = threading.Lock()
 
 
 class SavesFiles(Protocol):

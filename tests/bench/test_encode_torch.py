@@ -63,3 +63,18 @@ def test_what_compiling_needs_is_a_part_of_the_first_call(calls, modes, t5_ids, 
     model.call()
     assert calls == expected
     assert model.facts["about"]["platform"] == "cpu"
+
+
+@pytest.mark.parametrize(("modes", "told"), [({"gpu": "reduce-overhead"}, {"cudagraph_skips": 3}), ({}, {})])
+def test_what_is_left_out_of_cuda_graphs_is_told(calls, monkeypatch, modes, told):
+    cuda = {"is_available": lambda: True, "get_device_name": lambda: "GPU", "synchronize": lambda: None}
+    monkeypatch.setattr(sys.modules["torch"], "cuda", types.SimpleNamespace(**cuda))
+    counters = types.SimpleNamespace(counters={"inductor": {"cudagraph_skips": 3}})
+    monkeypatch.setitem(sys.modules, "torch._dynamo.utils", counters)
+    case = {"preset": "sd15", "precision": "float32", "checkpoint": "folder", "ids": [[1]], "t5_ids": None}
+    model = encode_torch.start({**case, "options": {"modes": modes}})
+    model.call()
+    outputs = types.SimpleNamespace(float=lambda: outputs, cpu=lambda: outputs, numpy=lambda: "array")
+    assert model.arrays([outputs]) == {"prompt_embeds": "array"}
+    about = model.facts["about"]
+    assert {name: about[name] for name in about if name == "cudagraph_skips"} == told

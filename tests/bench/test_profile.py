@@ -81,7 +81,7 @@ def test_other_platforms_are_refused(monkeypatch):
         profile.main([])
 
 
-def test_what_one_program_cannot_do_loses_nothing_of_the_others(monkeypatch, tmp_path):
+def test_what_one_program_cannot_do_loses_nothing_of_the_others(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(profile, "device_facts", lambda: {"platform": "gpu", "name": "Abacus"})
     monkeypatch.setattr(profile, "_measure", lambda preset, name, _: measured[name]())
     case = {"preset": "sd15", "program": "bfloat16", "other_cores": 0.0}
@@ -94,6 +94,7 @@ def test_what_one_program_cannot_do_loses_nothing_of_the_others(monkeypatch, tmp
     result = json.loads((tmp_path / "profile-abacus.json").read_text())
     assert result["profile"] == [case, case]
     assert result["left_out"] == {"sd15 bfloat16, cuDNN": "no cuDNN here"}
+    assert "sd15 bfloat16, cuDNN is left out: no cuDNN here" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="names of operations are those of Linux' CPUs")

@@ -294,6 +294,10 @@ def test_a_profile_tells_what_its_parts_add_up_to():
     assert row == "| sd15 | int8 | 26.0 (25.0 to 1,234) | 23.6 | 20.0 | 3.50 | 0.12 |"
     assert "20 warm calls without the profiler" in caption
     assert "2026-01-02, commit 0123456 with uncommitted changes; `profile.json`." in caption
+    assert "Left out" not in caption
+    assert "Left out: sd15 fp8 (no fp8)." in render({**PROFILE, "left_out": {"sd15 fp8": "no fp8"}}, "profile.json")
+    with pytest.raises(ReportError, match=r"profile\.json has no program that ran"):
+        render({**PROFILE, "profile": []}, "profile.json")
 
 
 def test_prompts_of_flux_are_no_pairs():

@@ -11,6 +11,9 @@ from tests.checkpoints import write_family, write_pipeline
 GPU, CPU = jax.devices("gpu")[0], jax.devices("cpu")[0]
 PROMPTS = ["a cat sitting on a windowsill", "two dogs"]
 
+#: What the same computation differs by in two programs; on a CPU 1.9e-6 was seen, of other kernels for FLUX.
+APART = 4e-6
+
 #: Heads of the usual size.
 WIDE = ClipTextConfig(
     hidden_size=256, intermediate_size=1024, num_hidden_layers=3, num_attention_heads=4, hidden_act="quick_gelu"
@@ -67,7 +70,7 @@ def test_params_are_handed_over_packed_and_compute_the_same(folders, name):
     found = encoder.encode(tokens)
     assert encoder._handover is not None
     wanted = clip_jax.text_embeddings(encoder.params, tokens, family=encoder.family)
-    assert error(found, wanted) < 1e-5
+    assert error(found, wanted) < APART
     moved = on(CPU, encoder)
     assert moved.encode(tokens).prompt_embeds.devices() == {CPU}
     assert moved._handover is None
@@ -103,7 +106,7 @@ def test_exported_programs_run(folders, tmp_path):
     encoder = loaded(folders, "sdxl", GPU)
     encoder.export(tmp_path / "exported", platforms="cuda")
     exported = clip_jax.load_exported(tmp_path / "exported", cache_bytes=0)
-    assert error(exported(PROMPTS, "blurry"), encoder(PROMPTS, "blurry")) < 1e-5
+    assert error(exported(PROMPTS, "blurry"), encoder(PROMPTS, "blurry")) < APART
 
 
 def test_nothing_is_frozen(folders):
