@@ -50,6 +50,7 @@ _IGNORED = frozenset(
         "numpy._core.multiarray.scalar",
         "numpy.dtype",
         "numpy.ndarray",
+        "torch.Tensor",
         "torch.device",
         "torch.jit._pickle.build_boollist",
         "torch.jit._pickle.build_doublelist",
@@ -233,6 +234,14 @@ def _rebuild_tensor_v3(
     return strided(storage, offset, size, stride, DTYPES[dtype.name])
 
 
+def _rebuild_with_attributes(function: Any, _type: Any, arguments: Any, *_: Any) -> Any:
+    """A tensor that somebody has given attributes of their own, without them."""
+    rebuild = _TENSORS.get(function.name) if isinstance(function, Global) else None
+    if rebuild is None or not isinstance(arguments, tuple) or len(arguments) > _MAX_ARGUMENTS:
+        raise TypeError(f"expected what makes a tensor and its arguments, found {kind(function)}")
+    return rebuild(*arguments)
+
+
 def _first(value: Any, *_: Any) -> Any:
     return value
 
@@ -244,11 +253,16 @@ def _size(lengths: Any = ()) -> tuple[Any, ...]:
     return tuple(lengths)
 
 
-_CALLS: Mapping[str, Callable[..., Any]] = {
-    "torch.Size": _size,
+_TENSORS: Mapping[str, Callable[..., Strided]] = {
     "torch._utils._rebuild_tensor": _rebuild_tensor,
     "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
     "torch._utils._rebuild_tensor_v3": _rebuild_tensor_v3,
+}
+
+_CALLS: Mapping[str, Callable[..., Any]] = {
+    **_TENSORS,
+    "torch.Size": _size,
+    "torch._tensor._rebuild_from_type_v2": _rebuild_with_attributes,
     "torch._utils._rebuild_parameter": _first,
     "torch._utils._rebuild_parameter_with_state": _first,
     "torch.jit._pickle.restore_type_tag": _first,

@@ -172,6 +172,14 @@ def corpus(canary: str) -> dict[str, tuple[bytes, str]]:
         "a torch.Size of a dict": (_tensor(0, (4,), (1,)).replace(b"K\x04\x85", b"ctorch\nSize\n}\x85R"), damaged),
         "a tensor of a dict": (_tensor(0, (4,), (1,), b"}"), "expected a storage"),
         "a tensor of nothing": (b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n)R.", damaged),
+        "attributes of what is no tensor": (
+            b"\x80\x02ctorch._tensor\n_rebuild_from_type_v2\n(ctorch\nSize\nctorch\nTensor\n)}tR.",
+            "expected what makes a tensor and its arguments",
+        ),
+        "a tensor that makes itself": (
+            b"\x80\x02" + b"ctorch._tensor\n_rebuild_from_type_v2\nq\0(h\0ctorch\nTensor\n)}tR.",
+            "expected what makes a tensor and its arguments",
+        ),
         "a dtype that is a text": (
             b"\x80\x02ctorch._utils\n_rebuild_tensor_v3\n(" + _storage() + b"K\0)))}" + _short_text("os") + b"tR.",
             damaged,

@@ -21,11 +21,15 @@ def states() -> dict[str, dict[str, torch.Tensor]]:
     torch.manual_seed(0)
     base = torch.randn(5, 6)
     shared = torch.randn(4, 4)
+    marked = [torch.randn(2, 3).half(), torch.nn.Parameter(torch.randn(3)), torch.ones(3, dtype=torch.uint16)]
+    for tensor in marked:
+        tensor.note = {"merged from": ["a", "b"]}
     return {
         **{name: {"x": (torch.randn(3, 4) * 3).to(getattr(torch, name))} for name in DTYPES},
         "views": {"whole": base, "transposed": base.T, "rows": base[1:3], "strided": base[1:4, ::2], "one": base[2, 3]},
         "tied": {"a": shared, "b": shared},
         "odd shapes": {"scalar": torch.tensor(3.0), "empty": torch.zeros(0, 3), "one": torch.ones(1, 1, 1)},
+        "attributes": dict(zip(("tensor", "parameter", "uint16"), marked, strict=True)),
         "parameters": dict(torch.nn.MultiheadAttention(8, 2).named_parameters()),
         "module": collections.OrderedDict(torch.nn.MultiheadAttention(8, 2).state_dict()),
     }
