@@ -207,7 +207,7 @@ def _check_range(ids: np.ndarray | jax.Array, tower: Tower) -> None:
     """What an embedding has no row for would become NaN without a word; what is on a device is not looked at."""
     # As unsigned ones, of which what is below zero is the largest: one look instead of two.
     if isinstance(ids, np.ndarray) and ids.size:
-        largest = ids.view(f"u{ids.dtype.itemsize}").max()
+        largest = ids.astype(np.int64).view(np.uint64).max()
         if largest >= tower.config.vocab_size:
             raise ClipJaxError(
                 f"Token ids of {tower.name} are from {ids.min()} to {ids.max()}; expected 0 to "

@@ -163,8 +163,8 @@ def open_tower(
         tokenizer_folder: Where its tokenizer should be, if anywhere.
         where: The source, for messages.
         projection: How `text_projection` is stored.
-        whole: Whether the source is a whole CLIP, or may be what is left of one: it may have blocks that the family
-            leaves out (SD 2: the last of 24), and its tokenizer may pad otherwise.
+        whole: Whether the source is a whole CLIP, or may be what is left of one: it may have the block that the family
+            does without (SD 2: the last of 24), and its tokenizer may pad otherwise.
 
     Raises:
         CheckpointError: The tensors are not those of the architecture, or `text_projection` is a dummy.
@@ -172,9 +172,9 @@ def open_tower(
     source_blocks = None
     _check_kind(encoder, config, where)
     if isinstance(config, ClipTextConfig) and isinstance(tower.config, ClipTextConfig):
-        if whole:
-            source_blocks = config.num_hidden_layers
-            kept = min(config.num_hidden_layers, tower.config.num_hidden_layers)
+        kept = tower.config.num_hidden_layers
+        if whole and tower.without_last and config.num_hidden_layers == kept + 1:
+            source_blocks = kept + 1
             config = dataclasses.replace(config, num_hidden_layers=kept)
         if tower.config.projection_dim is None:
             config = dataclasses.replace(config, projection_dim=None)
@@ -252,6 +252,8 @@ def _check_projection(
 
 def _is_big_g(kernel: np.ndarray) -> bool:
     """Whether this is the projection [D, P] of SDXL's bigG, or one fine-tuned from it."""
+    if min(kernel.shape) < 3:
+        return False
     row, column = kernel[0, :3].astype(np.float32), kernel[:3, 0].astype(np.float32)
     return bool(np.allclose(row, _BIG_G_ROW, atol=2e-3) and np.allclose(column, _BIG_G_COLUMN, atol=2e-3))
 

@@ -20,13 +20,12 @@ import numpy as np
 from clip_jax.compat.config import shown_config, tower_config
 from clip_jax.compat.outputs import ModelOutput
 from clip_jax.compat.pretrained import Shardings, load_pretrained, save_pretrained
-from clip_jax.config import TowerConfig
+from clip_jax.config import ClipTextConfig, TowerConfig
 from clip_jax.convert.hub import Access
 from clip_jax.errors import ClipJaxError, ConfigError
 from clip_jax.models import ClipTextModel, T5Encoder, intercepted
 from clip_jax.params.cast import float_dtype
 from clip_jax.params.shapes import check_shapes, flatten, param_shapes, unflatten
-from clip_jax.structs import is_traced
 
 # Arguments of the old `from_pretrained` that changed how weights were read, not what they are.
 _WITHOUT_EFFECT = frozenset(
@@ -280,7 +279,7 @@ class FlaxPreTrainedModel:
         return_dict: bool | None,
     ) -> ModelOutput | tuple[Any, ...]:
         """Runs the module on ids and what goes with them, each [B, L]; None among the options is the config's."""
-        self._check_call(arrays[0], train)
+        arrays = self._checked(arrays, train)
         options = {
             "output_attentions": output_attentions,
             "output_hidden_states": output_hidden_states,
@@ -293,28 +292,34 @@ class FlaxPreTrainedModel:
         with jax.numpy_dtype_promotion("standard"):  # Flax' norms promote, whatever users forbid themselves
             return run(variables, *as_ids(arrays), **options)
 
-    def _check_call(self, ids: Any, train: bool) -> None:
-        """Refuses dropout, and ids that cannot be run."""
+    def _checked(self, arrays: tuple[Any, ...], train: bool) -> tuple[Any, ...]:
+        """The same, as arrays of numpy or jax. Refuses dropout, and ids, masks and positions that cannot be run."""
         dropout = max(getattr(self.config, name, 0) or 0 for name in ("attention_dropout", "dropout", "dropout_rate"))
         if train and dropout:
             raise ClipJaxError(
                 f"train=True means dropout, of which the config asks for {dropout}, and which is not computed. Pass "
                 f"train=False, or set it to 0 in model.config."
             )
-        self._check_ids(ids)
+        ids, *others = (x if x is None or isinstance(x, jax.Array) else np.asarray(x) for x in arrays)
+        if ids is None or ids.ndim != 2 or 0 in ids.shape:
+            raise ClipJaxError(f"Expected input_ids [B, L], found {'none' if ids is None else ids.shape}.")
+        for array in others:
+            if array is not None and array.shape not in (ids.shape, (1, ids.shape[1])):
+                raise ClipJaxError(f"Expected arrays of the shape of input_ids, {ids.shape}, found {array.shape}.")
+        _check_range(ids, self._tower.vocab_size, "ids", "token embedding", "are they another tokenizer's?")
+        if isinstance(self._tower, ClipTextConfig):
+            limit = self._tower.max_position_embeddings
+            _check_range(others[1], limit, "position_ids", "position embedding", "they count from 0.")
+        return ids, *others
 
-    def _check_ids(self, ids: Any) -> None:
-        """Refuses ids that are not [B, L], and those without a row in the embedding where a look costs nothing."""
-        if np.ndim(ids) != 2 or 0 in np.shape(ids):
-            raise ClipJaxError(f"Expected input_ids [B, L], found {'none' if ids is None else np.shape(ids)}.")
-        if isinstance(ids, jax.Array) or is_traced(ids):
-            return
-        rows, least, most = self._tower.vocab_size, np.min(ids), np.max(ids)
-        if not 0 <= least <= most < rows:  # they would be NaN
-            raise ClipJaxError(
-                f"Expected ids from 0 to {rows - 1}, as the token embedding has rows, found {least} to {most}: are "
-                f"they another tokenizer's?"
-            )
+
+def _check_range(ids: np.ndarray | jax.Array | None, rows: int, name: str, embedding: str, advice: str) -> None:
+    """Refuses ids without a row in an embedding where a look costs nothing: they would be NaN."""
+    if isinstance(ids, np.ndarray) and not 0 <= ids.min() <= ids.max() < rows:
+        raise ClipJaxError(
+            f"Expected {name} from 0 to {rows - 1}, as the {embedding} has rows, found {ids.min()} to {ids.max()}: "
+            f"{advice}"
+        )
 
 
 def as_ids(arrays: tuple[Any, ...]) -> tuple[jax.Array | None, ...]:

@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import jax.typing
-import numpy as np
 
 from clip_jax.compat.base import FlaxPreTrainedModel, as_ids
 from clip_jax.compat.features import BATCH_SIZE, pooled_rows
@@ -134,13 +133,11 @@ class FlaxCLIPTextModelWithProjection(FlaxCLIPTextPreTrainedModel):
         """
         if type(batch_size) is not int or batch_size < 1:
             raise ClipJaxError(f"batch_size must be a positive int, found {batch_size!r}.")
-        if not isinstance(input_ids, jax.Array | None):
-            input_ids = np.asarray(input_ids)
-        self._check_call(input_ids, train)
-        variables, arrays = {"params": params or self.params}, (input_ids, attention_mask, position_ids)
+        arrays = self._checked((input_ids, attention_mask, position_ids), train)
+        variables = {"params": params or self.params}
         embed = _text_embeds.__wrapped__ if intercepted() else _text_embeds  # as for a call
         run = functools.partial(embed, self.module, variables)
-        if isinstance(input_ids, jax.Array) or is_traced((variables, arrays)):
+        if isinstance(arrays[0], jax.Array) or is_traced((variables, arrays)):
             return run(*as_ids(arrays))
         assert isinstance(self._tower, ClipTextConfig)
         return pooled_rows(run, arrays, self._tower, batch_size)

@@ -30,11 +30,12 @@ def pooled_rows(
 ) -> jax.Array:
     """Runs `run` on a few sizes of batches, in which no row goes on for long after the end of its text.
 
-    Attention is causal, so that what comes after the end changes nothing in the row there.
+    Attention is causal, so that what comes after the end changes nothing in the row there; but for a mask that hides
+    all that comes before it too, for then all tokens count alike, and nothing is cut.
 
     Args:
         run: Ids, and what goes with them, to [B, P].
-        arrays: Ids [N, L] on the host, and what goes with them, [N, L] or [1, L] each.
+        arrays: Ids [N, L] on the host, a mask and positions, [N, L] or [1, L] each, or None.
         config: Of the model that `run` runs.
         batch_size: The most rows at a time.
 
@@ -52,10 +53,14 @@ def pooled_rows(
     for array in others:
         if array is not None and array.shape not in (ids.shape, (1, ids.shape[1])):
             raise ClipJaxError(f"Expected arrays of the shape of input_ids, {ids.shape}, found {array.shape}.")
+    mask = others[0]
     rows = [ids, *(None if array is None else np.broadcast_to(array, ids.shape) for array in others)]
     sizes = end_of_text(ids, config.eos_token_id) + 1
     order = np.argsort(-sizes, kind="stable")  # the longest first: if memory runs out, it does so at once
-    batches = list(_batches([min(bucket_of(int(size), LENGTHS), longest) for size in sizes[order]], batch_size))
+    lengths = [min(bucket_of(int(size), LENGTHS), longest) for size in sizes[order]]
+    if mask is not None and _hides_an_end(np.broadcast_to(mask, ids.shape), sizes):
+        lengths = [ids.shape[1]] * len(ids)
+    batches = list(_batches(lengths, batch_size))
     outputs = []
     for begin, end, length in batches:
         missing = min(bucket_of(end - begin, BATCHES), batch_size) - (end - begin)
@@ -66,6 +71,11 @@ def pooled_rows(
     for (begin, end, _), output in zip(batches, computed, strict=True):
         features[order[begin:end]] = output[: end - begin]
     return jax.device_put(features)
+
+
+def _hides_an_end(mask: np.ndarray, sizes: np.ndarray) -> bool:
+    """Whether a row's first `size` tokens are all hidden."""
+    return any(not row[:size].any() for row, size in zip(mask, sizes, strict=True))
 
 
 def _batches(lengths: Sequence[int], batch_size: int) -> Iterator[tuple[int, int, int]]:

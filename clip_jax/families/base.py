@@ -31,6 +31,7 @@ class Tower:
         pooled_only: Whether its hidden states are not used, and so its ids may be cut at the end of the text.
         optional: Whether the family works without it.
         identity_projection: Whether a missing `text_projection` stands for the identity.
+        without_last: Whether it does without the last block of the CLIP that it was made of.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Tower:
     pooled_only: bool = False
     optional: bool = False
     identity_projection: bool = False
+    without_last: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

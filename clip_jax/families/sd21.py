@@ -12,5 +12,5 @@ SD21 = Family(
     name="sd21",
     title="Stable Diffusion 2.x",
     pipelines=STABLE_DIFFUSION_PIPELINES,
-    towers=(Tower(name="clip_h", config=ClipTextConfig.sd21(), pad_token="!"),),
+    towers=(Tower(name="clip_h", config=ClipTextConfig.sd21(), pad_token="!", without_last=True),),
 )

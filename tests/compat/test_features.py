@@ -82,6 +82,18 @@ def test_masks_and_positions_are_cut_alike(projected, name):
     assert np.abs(found - projected(ids).text_embeds).max() > 1e-2
 
 
+@pytest.mark.parametrize("length", [10, 77])
+def test_where_a_mask_hides_all_up_to_an_end_every_token_counts(projected, length):
+    """As it does with pads on the left that are end-of-text tokens."""
+    ids = texts([9, 5, 4, 6], length)
+    mask = np.ones_like(ids)
+    mask[1, :5], mask[2] = 0, 0
+    wanted = projected(ids, attention_mask=mask).text_embeds
+    np.testing.assert_allclose(projected.get_text_features(ids, attention_mask=mask), wanted, atol=1e-5)
+    other = projected(np.where(np.arange(length) == 9, 7, ids), attention_mask=mask).text_embeds
+    assert (np.abs(other - wanted).max(-1) > 1e-4).tolist() == [False, True, True, False]
+
+
 class Recorded:
     """Stands for a model: the size of each row's text, and what shapes came."""
 

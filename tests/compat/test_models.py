@@ -196,10 +196,37 @@ def test_bad_calls_are_refused(clip, t5):
     for ids in (IDS, IDS.tolist()):
         with pytest.raises(ClipJaxError, match="Expected ids from 0 to 9999, .* found [0-9]+ to 49407"):
             t5(ids)
+    for model, ids in ((clip, IDS), (t5, T5_IDS)):
+        with pytest.raises(ClipJaxError, match=r"shape of input_ids, \(2, 9\), found \(2, 8\)"):
+            model(ids, np.ones((2, 8), int))
+    for wrong in (-1, 77):
+        with pytest.raises(ClipJaxError, match=f"Expected position_ids from 0 to 76, .* found {wrong} to {wrong}"):
+            clip(IDS, None, np.full((1, 9), wrong))
     with pytest.raises(ClipJaxError, match=r"train=True means dropout, of which the config asks for 0.1"):
         t5(T5_IDS, train=True)  # transformers' default, where the config does not say
     t5.config.dropout_rate = 0.0
     assert t5(T5_IDS, train=True).last_hidden_state.shape == (2, 9, SMALL_T5.d_model)
+
+
+class Tensor:
+    """What another library has for an array: numpy's functions of reduction are not for it."""
+
+    def __init__(self, array):
+        self.array = array
+
+    def __array__(self, dtype=None, copy=None):
+        return np.array(self.array, dtype)
+
+    def min(self, dim):
+        raise NotImplementedError
+
+    max = min
+
+
+def test_ids_of_another_library(clip):
+    mask = np.arange(9) != 3
+    found = clip(Tensor(IDS), Tensor(mask[None])).last_hidden_state
+    np.testing.assert_array_equal(found, clip(IDS, mask[None]).last_hidden_state)
 
 
 def test_neither_torch_nor_transformers_is_needed(pipeline):

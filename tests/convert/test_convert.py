@@ -243,7 +243,8 @@ def test_options_reach_the_hub(repo, tmp_path):
 def test_the_token_and_the_place_for_downloads_reach_the_hub(repo, call, tmp_path):
     out = [tmp_path / "out"] if call is convert else []
     call("owner/name", *out, family="sd15", token="hf_secret", cache_dir=tmp_path / "cache")
-    assert set(repo.tokens) == {"Bearer hf_secret"}
+    sent = zip(repo.requests, repo.tokens, strict=True)  # those for the repo: one a process is for something else
+    assert {token for request, token in sent if "owner/name" in request} == {"Bearer hf_secret"}
     assert any((tmp_path / "cache").rglob("config.json"))
 
 

@@ -27,6 +27,7 @@ from tests.checkpoints import (
     write_shards,
     write_text_encoder,
 )
+from tests.formats.files import write_safetensors
 
 POSITION_IDS = {"text_model.embeddings.position_ids": np.arange(77)[None]}
 LFS_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:1234\nsize 5\n"
@@ -37,7 +38,7 @@ def small_families(monkeypatch):
     """Adds families of the widths of TINY and TINY_H, so that these are told apart like the real ones."""
     for name, tower in {
         "small_l": Tower(name="clip_l", config=TINY),
-        "small_h": Tower(name="clip_h", config=TINY_H, pad_token="!"),
+        "small_h": Tower(name="clip_h", config=TINY_H, pad_token="!", without_last=True),
     }.items():
         family = Family(name=name, title=name, pipelines=frozenset({"StableDiffusionPipeline"}), towers=(tower,))
         monkeypatch.setitem(FAMILIES, name, family)
@@ -155,6 +156,25 @@ def test_the_last_block_of_a_whole_clip_model_is_left_out_where_the_tower_has_fe
     assert sum(name.startswith("text_model.encoder.layers.2.") for name in ignored) == 16
     used = {name: array for name, array in state.items() if name not in ignored}
     assert_params_equal(loaded.params["clip_h"], expected_params(used))
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_blocks_are_left_out_of_no_other_tower(tmp_path, small_families, whole):
+    config = longer(TINY, 4)
+    if whole:
+        source, options = write_clip_model(tmp_path / "clip", config, hf_state(config)), {}
+    else:
+        source = write_safetensors(tmp_path / "clip_l", hf_state(config))
+        options = {"config": {"clip_l": config.to_hf()}}
+    loaded = clip_jax.load(source, family="small_l", **options)
+    assert loaded.config["clip_l"].num_hidden_layers == 4
+    assert_params_equal(loaded.params["clip_l"], expected_params(hf_state(config)))
+
+
+def test_of_two_blocks_more_none_is_left_out(tmp_path, small_families):
+    config = longer(TINY_H, 4)
+    loaded = clip_jax.load(write_clip_model(tmp_path / "clip", config, hf_state(config)), family="small_h")
+    assert loaded.config["clip_h"].num_hidden_layers == 4
 
 
 def test_a_plain_text_model_keeps_all_blocks_that_its_config_names(tmp_path, small_families):

@@ -377,6 +377,12 @@ def test_a_projection_that_looks_transposed_is_told_and_can_be_mended(tmp_path):
     np.testing.assert_array_equal(found[2], kernel)
 
 
+@pytest.mark.parametrize("shape", [(16, 2), (2, 16), (3, 2), (1, 1)])
+def test_a_projection_of_a_row_or_two_is_refused_as_any_of_another_shape(tmp_path, shape):
+    sources = write(tmp_path, {**G, "text_projection.weight": 2 * array(*shape)})
+    refused(sources, "text_projection.weight", config=configs_of("sdxl_refiner"))
+
+
 def test_only_three_ways_to_read_a_projection(tmp_path):
     refused(write(tmp_path, L), "must be auto, as_is or transpose, found 'yes'", ClipJaxError, text_projection="yes")
 
