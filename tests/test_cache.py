@@ -532,3 +532,99 @@ def test_what_fills_the_cache_exactly_is_kept():
     value = TextEmbeddings(prompt_embeds=jnp.zeros((1, 2, 4)), guidance=False)
     full.put("a", value, full.renew({}))
     assert full.stats().entries == 1
+
+
+@pytest.mark.parametrize("loaded", ["sdxl"], indirect=True)
+def test_pooled_rows_may_be_donated_too(cached):
+    encoder, _ = cached
+    out = encoder("a cat")
+    wanted = np.array(out.pooled_prompt_embeds)
+    jax.jit(lambda x: x * 2, donate_argnums=0)(out.pooled_prompt_embeds)
+    np.testing.assert_array_equal(encoder("a cat").pooled_prompt_embeds, wanted)
+
+
+def test_what_was_donated_takes_no_room():
+    cache, value = EmbeddingCache(1000), entry(400)
+    generation = cache.renew({})
+    cache.put("a", value, generation)
+    value.prompt_embeds.delete()
+    assert cache.get("a", generation) is None
+    assert (cache.stats().entries, cache.stats().nbytes) == (0, 0)
+
+
+def test_as_many_go_as_have_to():
+    cache = EmbeddingCache(1000)
+    generation = cache.renew({})
+    for key, size in (("a", 400), ("b", 400), ("c", 1000)):
+        cache.put(key, entry(size), generation)
+    assert (cache.stats().entries, cache.stats().nbytes) == (1, 1000)
+
+
+@pytest.mark.parametrize("loaded", ["sdxl"], indirect=True)
+def test_a_call_is_known_by_all_that_it_is_given(cached, monkeypatch):
+    """Also by what this family does not take."""
+    encoder, _ = cached
+    out, asked = encoder("a cat"), []
+    monkeypatch.setattr(encoder, "tokenize", lambda *prompts, **options: asked.append(prompts))
+    monkeypatch.setattr(encoder, "encode", lambda tokens, **options: out)
+    names = ["prompt", *(f"{side}prompt{n}" for side in ("", "negative_") for n in ("_2", "_3")), "negative_prompt"]
+    numbers = ["clip_skip", "clip_skip_negative", "max_sequence_length"]
+    given = {**dict.fromkeys(names, "a"), **dict.fromkeys(numbers, 1), "guidance": True}
+    others = {**dict.fromkeys(names, "b"), **dict.fromkeys(numbers, 2), "guidance": False}
+    for change in ({}, *({name: other} for name, other in others.items())):
+        before = len(asked)
+        for _ in range(2):
+            encoder(**given | change)
+        assert len(asked) == before + 1, change
+
+
+@pytest.mark.parametrize("loaded", ["sdxl"], indirect=True)
+def test_a_call_under_another_setting_is_another(cached):
+    encoder, computed = cached
+    ask(encoder, "a cat", guidance=False)
+    with jax.default_matmul_precision("tensorfloat32"):
+        ask(encoder, "a cat", guidance=False)
+    assert len(computed) == 2
+
+
+@pytest.mark.parametrize("loaded", ["sdxl"], indirect=True)
+def test_ids_of_one_tower_may_be_traced(cached, uncached):
+    encoder, _ = cached
+    ids = encoder.tokenize("a cat", guidance=False).cond
+
+    def run(traced):
+        return encoder.encode(clip_jax.Tokens(cond={**ids, "clip_l": traced}))
+
+    same(jax.jit(run)(jnp.asarray(ids["clip_l"])), uncached("a cat", guidance=False), atol=1e-5)
+
+
+@pytest.mark.parametrize("loaded", ["sdxl"], indirect=True)
+def test_each_side_keeps_its_layers_where_both_lack_as_many_rows(cached, uncached):
+    encoder, computed = cached
+    ask(encoder, ["a", "b"], negative_prompt=["c", "d"], clip_skip=1)
+    found = ask(encoder, ["a", "e"], negative_prompt=["c", "f"], clip_skip=1)
+    assert computed == [(2, 2), (1, 1)]
+    same(found, ask(uncached, ["a", "e"], negative_prompt=["c", "f"], clip_skip=1), atol=1e-5)
+
+
+@pytest.mark.parametrize("loaded", ["sdxl"], indirect=True)
+def test_every_id_of_a_row_counts(cached):
+    encoder, computed = cached
+    ids = encoder.tokenize("a cat", guidance=False).cond
+    encoder.encode(clip_jax.Tokens(cond=ids))
+    for column in range(0, 77, 19):  # the first and the last as well
+        encoder.encode(clip_jax.Tokens(cond={**ids, "clip_g": np.where(np.arange(77) == column, 7, ids["clip_g"])}))
+    assert len(computed) == 6
+
+
+def test_what_is_looked_up_is_not_thrown_out_meanwhile():
+    cache = EmbeddingCache(1000)
+    generation = cache.renew({})
+    cache.put("a", entry(100), generation)
+    for use in (lambda: cache.get("a", generation), lambda: cache.put("a", entry(100), generation), cache.stats):
+        thread = threading.Thread(target=use)
+        with cache._lock:
+            thread.start()
+            thread.join(0.1)
+            assert thread.is_alive()
+        thread.join()

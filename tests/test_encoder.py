@@ -242,3 +242,31 @@ def test_float16_within_a_jit(tiny_sd15):
     half = clip_jax.load(tiny_sd15, family="sd15", dtype="float16")
     tokens = half.tokenize("a cat")
     assert jax.jit(lambda: half.encode(tokens).prompt_embeds)().dtype == jnp.float16
+
+
+@pytest.mark.parametrize("wrong", [-1, 49408])
+def test_ids_of_negatives_without_a_row_in_the_embedding_are_refused(encoder, wrong):
+    tokens = encoder.tokenize("a cat", negative_prompt="blurry")
+    tokens.uncond["clip_l"][0, 3] = wrong
+    with pytest.raises(ClipJaxError, match=f"clip_l are from .*{wrong}.*; expected 0 to 49407. Use the tokenizer"):
+        encoder.encode(tokens)
+
+
+def test_a_pooled_row_that_overflows_float16_is_an_error(tmp_path):
+    half = clip_jax.load(write_family(tmp_path, clip_jax.FAMILIES["sdxl"]), family="sdxl", dtype="float16")
+    params = jax.tree.map(lambda x: x, half.params)
+    for leaves, name, value in (
+        (params["clip_g"]["text_model"]["final_layer_norm"], "bias", 6e4),  # of which SDXL's embeddings know nothing
+        (params["clip_g"]["text_projection"], "kernel", 1),
+    ):
+        leaves[name] = jnp.full_like(leaves[name], value)
+    half.params = params
+    with pytest.raises(ClipJaxError, match="overflow float16"):
+        half("a cat", guidance=False)
+
+
+@pytest.mark.parametrize(("dtype", "wrong"), [(np.int8, -1), (np.int16, 49406 - 2**16)])
+def test_negative_ids_of_few_bits_are_refused(encoder, dtype, wrong):
+    """The latter is what CLIP's first id becomes in an int16; as unsigned numbers both are below 49408."""
+    with pytest.raises(ClipJaxError, match=f"clip_l are from {wrong} to {wrong}; expected 0 to 49407"):
+        encoder.encode(clip_jax.Tokens(cond={"clip_l": np.full((1, 4), wrong, dtype)}))

@@ -225,3 +225,10 @@ def test_programs_of_a_later_version_are_refused(pair, tmp_path):
 def test_a_folder_of_the_home(pair, monkeypatch):
     monkeypatch.setenv("HOME", str(pair[1].parent))
     assert clip_jax.load_exported(f"~/{pair[1].name}").family == pair[0].family
+
+
+@of_one_family
+def test_its_cache_and_where_its_weights_are_from(pair, exported):
+    assert exported.cache is None
+    assert clip_jax.load_exported(pair[1], cache_bytes=1000).cache.max_bytes == 1000
+    assert exported.provenance["format"] == pair[0].provenance["format"]

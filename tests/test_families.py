@@ -587,3 +587,34 @@ def test_ids_of_every_length_are_cut_to_it(end):
     made = of_every_length(tokens, family)
     assert [ids.cond["clip_l"].shape[1] for ids in made] == [8, 16, 20]
     assert [without_tails(ids, family).cond["clip_l"].shape[1] for ids in made] == [8, 16, 20]
+
+
+def test_flux_runs_clip_to_the_end_of_the_longest_text(encoders):
+    encoder, long, few = encoders["flux"], " ".join(["cat"] * 20), {"prompt_2": "x", "max_sequence_length": 16}
+    both = encoder("a", long, negative_prompt_2="x", guidance=True, **few)
+    for half, prompt in ((both.uncond, long), (both.cond, "a")):
+        alone = encoder(prompt, guidance=False, **few)
+        np.testing.assert_allclose(half.pooled_prompt_embeds, alone.pooled_prompt_embeds, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_text_ids_have_the_dtype_of_the_embeddings(folders):
+    out = clip_jax.load(folders["flux"], dtype="bfloat16")("a cat", max_sequence_length=16)
+    assert out.text_ids.dtype == out.prompt_embeds.dtype == jnp.bfloat16
+
+
+@pytest.mark.slow
+def test_clip_skip_is_for_the_clip_rows_of_sd3(encoders):
+    plain, skipped = (encoders["sd3"]("a cat", clip_skip=skip, max_sequence_length=16) for skip in (None, 1))
+    _, rows, pooled = changed(plain, skipped)
+    assert (rows[:77].all(), rows[77:].any(), pooled.any()) == (True, False, False)
+
+
+def test_towers_of_two_dtypes_are_computed_in_the_wider(encoders):
+    encoder = encoders["sdxl"]
+    tokens = encoder.tokenize("a cat")
+    for tower in encoder.params:
+        low = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), encoder.params[tower])
+        params = {**encoder.params, tower: low}
+        out = jax.eval_shape(lambda p: text_embeddings(p, tokens, family=encoder.family), params)
+        assert out.prompt_embeds.dtype == jnp.float32

@@ -323,3 +323,11 @@ def test_a_compilation_cache_neither_warns_nor_fails(tmp_path):
             capture_output=True, text=True, env=environment,
         )  # fmt: skip
         assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize("change", [lambda ids: ids.astype(np.uint16), lambda ids: ids[:, :70]])
+def test_ids_of_another_dtype_or_length_go_as_before(encoder, change):
+    mine = another(encoder)
+    mine.warmup(freeze=True)
+    tokens = jax.tree.map(change, encoder.tokenize("two dogs", "x"))
+    same(mine.encode(tokens), encoder.encode(tokens), atol=0)

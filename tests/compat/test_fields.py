@@ -243,7 +243,9 @@ def test_a_lora_among_the_models_own_params_is_not_dropped_on_saving(pipeline, t
 
 def test_names_that_transformers_has_for_other_names():
     fields = T5EncoderConfig(d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2).to_hf()
-    assert with_fields(fields, "T5EncoderModel", {"head_dim": 16}).d_kv == 16
+    names = {"hidden_size": "d_model", "num_attention_heads": "num_heads", "num_hidden_layers": "num_layers"}
+    for name, own in {**names, "head_dim": "d_kv"}.items():
+        assert vars(with_fields(fields, "T5EncoderModel", {name: 16}))[own] == 16
 
 
 @pytest.mark.slow

@@ -240,3 +240,46 @@ def test_neither_torch_nor_transformers_is_needed(pipeline):
         [sys.executable, "-c", code, str(pipeline.parent / "again")], capture_output=True, text=True, check=True
     )
     assert out.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("wrong", [-1, SMALL_T5.vocab_size])
+def test_ids_next_to_those_that_there_are_are_refused(t5, wrong):
+    ids = T5_IDS.copy()
+    ids[0, 3] = wrong
+    with pytest.raises(ClipJaxError, match=f"Expected ids from 0 to 9999, .* found .*{wrong}"):
+        t5(ids)
+
+
+def test_what_a_config_becomes_is_a_copy():
+    config = FlaxCLIPTextModel(SMALL, _do_init=False).config
+    before = config.to_json_string()
+    config.to_dict()["architectures"].append("another")
+    config.to_dict()["hidden_size"] = 7
+    assert config.to_json_string() == before
+
+
+def test_dropout_goes_by_the_name_of_published_configs_too(clip):
+    model = copy.copy(clip)
+    model.config = copy.copy(clip.config)
+    model.config.dropout = 0.1
+    with pytest.raises(ClipJaxError, match="train=True means dropout, of which the config asks for 0.1"):
+        model(IDS, train=True)
+
+
+def test_init_weights_refuses_params_that_are_not_whole(clip):
+    with pytest.raises(ClipJaxError, match=r"FlaxCLIPTextModel does not match .* missing \(36\)"):
+        clip.init_weights(jax.random.key(0), params={"text_model": {}})
+
+
+def test_whole_numbers_are_not_cast(clip):
+    params = {"step": jnp.arange(3), "a": jnp.ones(2)}
+    for cast, dtype in ((clip.to_bf16, "bfloat16"), (clip.to_fp16, "float16"), (clip.to_fp32, "float32")):
+        assert {name: leaf.dtype.name for name, leaf in cast(params).items()} == {"step": "int32", "a": dtype}
+
+
+def test_the_text_config_dict_of_a_whole_clip_model_wins():
+    """As in transformers, which wrote both."""
+    act = {"hidden_act": "gelu"}
+    whole = {"model_type": "clip", "text_config": SMALL.to_hf(), "text_config_dict": act, "vision_config": {}}
+    model = FlaxCLIPTextModel(whole, _do_init=False)
+    assert (model.module.config.hidden_act, model.config.hidden_act, SMALL.hidden_act) == ("gelu", "gelu", "quick_gelu")

@@ -162,3 +162,13 @@ def test_the_text_half_of_a_whole_clip_is_called_with_a_mask(tmp_path):
         for name in ("whole", "half")
     ]
     np.testing.assert_array_equal(outputs[0].last_hidden_state, outputs[1].last_hidden_state)
+
+
+def test_the_callable_t5_heeds_its_mask_and_casts(pipeline, t5):
+    encoder = clip_jax.compat.T5TextEncoder.from_pretrained(str(pipeline), "bfloat16", subfolder="text_encoder_3")
+    mask = (np.arange(IDS.shape[1]) < 6)[None].repeat(2, 0)
+    out = encoder(IDS % 9000, mask)
+    assert out.dtype.name == "bfloat16"
+    wanted, unmasked = (t5(IDS % 9000, given).last_hidden_state for given in (mask, None))
+    error = np.linalg.norm(out.astype("float32") - wanted) / np.linalg.norm(wanted)
+    assert error < 0.05 < np.linalg.norm(unmasked - wanted) / np.linalg.norm(wanted)

@@ -103,6 +103,15 @@ def test_params_are_the_source_bit_for_bit(tmp_path, dtype):
     assert_params_equal(single.params["clip_l"], expected_params(exact))
 
 
+def test_float64_is_kept_as_float32(tmp_path):
+    state = {name: array.astype(np.float64) for name, array in hf_state(TINY).items()}
+    source = write_text_encoder(tmp_path / "source", TINY.to_hf(), state)
+    out = convert(source, tmp_path / "out", family="sd15")
+    for path, options in ((source, {"family": "sd15"}), (out, {})):
+        assert clip_jax.info(path, **options).towers["clip_l"].dtypes == ("float32",)
+    assert_params_equal(clip_jax.load(out).params["clip_l"], expected_params(hf_state(TINY)))
+
+
 SPELLINGS = {
     "pipeline without the prefix": lambda folder: write_pipeline(folder, TINY, hf_state(TINY, prefix="")),
     "pipeline without model_index.json": lambda folder: (
@@ -434,6 +443,12 @@ def test_a_config_that_cannot_be_honoured_is_an_error_with_the_path(pipeline, ch
 )
 def test_a_wrong_family_is_refused(tmp_path, small_families, config, family, message):
     refused(write_pipeline(tmp_path / "source", config), message, family=family)
+
+
+@pytest.mark.parametrize("family", ["sdxl", "flux"])
+def test_one_text_encoder_is_no_family_of_two(tmp_path, family):
+    source = write_text_encoder(tmp_path / "source", TINY.to_hf(), hf_state(TINY))
+    refused(source, "expected text_encoder, text_encoder_2, found one text encoder", family=family)
 
 
 def test_an_unknown_width_asks_for_the_family(pipeline):

@@ -71,6 +71,10 @@ OTHERS = {
         "found the tensors of a UMT5",
     ),
     "T5 v1.0": (T5_V1_0, r"found the tensors of a T5 v1\.0, which is not gated"),
+    "a T5 without heads": (
+        {**T5, f"encoder.block.0.layer.0.{BIAS}": array(32, 0)},
+        r"expected a matrix encoder\.block\.0\..*relative_attention_bias\.weight .* found one of shape \(32, 0\)",
+    ),
     "mT5": (MT5, r"holds an mT5, by the 250112 rows of its embedding; expected a T5 v1\.1"),
     "bitsandbytes int8": (
         {**T5, f"{Q}.weight": T5[f"{Q}.weight"].astype(np.int8), f"{Q}.SCB": array(64)},
@@ -358,6 +362,14 @@ def test_a_projection_of_ones_is_a_dummy(tmp_path):
     assert np.all(encoder.params["clip_g"]["text_projection"]["kernel"] == 1)
     for look in (clip_jax.info, clip_jax.load_tokenizers):
         assert look(sources, config=configs_of("sdxl_refiner"), text_projection="as_is")
+
+
+def test_a_projection_with_some_ones_is_no_dummy(tmp_path):
+    kernel = G["text_projection.weight"].T.copy()  # [D, P]
+    kernel[0] = 1
+    sources = write(tmp_path, {**G, "text_projection.weight": kernel.T})
+    encoder = clip_jax.load(sources, config=configs_of("sdxl_refiner"))
+    np.testing.assert_array_equal(encoder.params["clip_g"]["text_projection"]["kernel"], kernel)
 
 
 def test_a_projection_that_looks_transposed_is_told_and_can_be_mended(tmp_path):

@@ -34,3 +34,14 @@ def test_what_fails_says_why(published):
         FlaxCLIPTextModel.from_pretrained("owner/none")
     with pytest.raises(CheckpointError, match="not in the cache"):
         FlaxCLIPTextModel.from_pretrained(REPO, subfolder="text_encoder", local_files_only=True)
+
+
+@pytest.mark.parametrize("token", ["token", "use_auth_token"])
+def test_options_reach_the_hub(published, tmp_path, token):
+    published.repos[REPO]["v1"] = published.repos[REPO]["main"] | {"README.md": b"first"}
+    options = {"revision": "v1", "cache_dir": tmp_path / "cache", token: "hf_secret"}
+    FlaxCLIPTextModel.from_pretrained(REPO, subfolder="text_encoder", **options)
+    sent = zip(published.requests, published.tokens, strict=True)
+    assert {token for request, token in sent if REPO in request} == {"Bearer hf_secret"}
+    (found,) = (tmp_path / "cache").rglob("config.json")
+    assert published.commit(REPO, "v1") in found.parts

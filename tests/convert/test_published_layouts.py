@@ -11,6 +11,7 @@ import pytest
 
 import clip_jax
 from clip_jax import CheckpointError, ClipTextConfig, T5EncoderConfig
+from clip_jax.convert.detect import find_family_of
 from clip_jax.convert.readers.safetensors import SafetensorsFile
 from tests.convert.published import (
     CLIP_G,
@@ -233,7 +234,17 @@ def test_the_config_of_open_clip_tells_the_activation(tmp_path, quick, width, ac
     assert (config.hidden_act, config.num_attention_heads) == (activation, 10 if width == 1280 else 20)
 
 
-@pytest.mark.parametrize("unusual", [{"no_causal_mask": True}, {"pool_type": "last"}, {"norm_kwargs": {"eps": 1e-6}}])
+@pytest.mark.parametrize(
+    "unusual",
+    [
+        {"no_causal_mask": True},
+        {"embed_cls": True},
+        {"final_ln_after_pool": True},
+        {"pool_type": "last"},
+        {"act_kwargs": {"approximate": "tanh"}},
+        {"norm_kwargs": {"eps": 1e-6}},
+    ],
+)
 def test_a_config_of_open_clip_that_asks_for_other_maths_is_refused(tmp_path, unusual):
     stored(open_clip(*G, text_alone=False), "F16").write(tmp_path / "open_clip_model.safetensors")
     model = {"text_cfg": {"width": 1280, "heads": 20, **unusual}}
@@ -273,3 +284,10 @@ def test_a_config_says_that_there_are_fewer_blocks(tmp_path):
     config = {**ClipTextConfig.sd15().to_hf(), "num_hidden_layers": 11}
     info = clip_jax.info(write(tmp_path, stored(clip(768, 11), "F16")), config={"clip_l": config})
     assert info.towers["clip_l"].parameters == L_PARAMETERS - 7_087_872
+
+
+@pytest.mark.parametrize("training", ["", "module.", "_orig_mod.module."])
+@pytest.mark.parametrize(("prefix", "family"), [("conditioner.embedders.0.", "sdxl"), ("text_encoders.clip_l.", "sd3")])
+def test_a_prefix_tells_sd3_without_t5_from_sdxl(training, prefix, family):
+    configs = {tower.name: tower.config for tower in clip_jax.FAMILIES["sdxl"].towers}
+    assert find_family_of("a file", configs, [training + prefix], None).name == family

@@ -18,7 +18,7 @@ from clip_jax import CheckpointError
 from clip_jax.convert import convert
 from clip_jax.convert.foreign import open_foreign
 from clip_jax.convert.layouts import open_clip as open_clip_layout
-from clip_jax.convert.verify import PROMPTS, TOLERANCE, verify_tower
+from clip_jax.convert.verify import PROMPTS, TOLERANCE, _relative_error, verify_tower
 from clip_jax.params.cast import float_dtype
 from clip_jax.params.shapes import flatten, unflatten
 from clip_jax.tokenizers import ClipTokenizer
@@ -236,3 +236,10 @@ def misread(tower, path, *_):
     key, transposed = tower.map.keys[path.replace("layer_norm2", "layer_norm1")]
     array = tower.state[key].read()
     return np.ascontiguousarray(array.T if transposed else array)
+
+
+def test_an_error_is_held_against_its_own_row():
+    """CLIP's first token is many times as large as the others."""
+    wanted = {"last_hidden_state": np.array([[[1e4, 0.0], [1.0, 0.0]]])}
+    found = {"last_hidden_state": np.array([[[1e4, 0.0], [1.0, 0.01]]])}
+    assert _relative_error(found, wanted) == pytest.approx(0.01)

@@ -174,3 +174,15 @@ def test_bfloat16_outputs_are_near_float32(params, ids):
     exact = np.asarray(run(params, ids).last_hidden_state)
     assert out.dtype == jnp.bfloat16
     assert np.linalg.norm(np.asarray(out, np.float32) - exact) < 0.02 * np.linalg.norm(exact)
+
+
+def test_what_is_not_zero_in_a_mask_is_attended_to(params, ids):
+    mask = (np.arange(ids.shape[1]) != 3)[None] * np.ones_like(ids)
+    ones, others = (run(params, ids, attention_mask=jnp.asarray(mask * factor)) for factor in (1, -3))
+    jax.tree.map(np.testing.assert_array_equal, ones, others)
+
+
+def test_the_pooled_row_is_masked_as_the_others_are(params, ids):
+    out = run(params, ids, attention_mask=jnp.asarray((np.arange(ids.shape[1]) != 3)[None].repeat(2, 0)))
+    for row, end in enumerate((4, 6)):
+        np.testing.assert_allclose(out.pooler_output[row], out.last_hidden_state[row, end], atol=1e-6)

@@ -282,3 +282,15 @@ def test_clamp_keeps_finite_values_and_other_dtypes():
     np.testing.assert_array_equal(functional.clamp_float16(infinite), [64512, -64512, 64512, 1])
     for dtype in (jnp.float32, jnp.bfloat16):
         np.testing.assert_array_equal(functional.clamp_float16(infinite.astype(dtype))[:2], [np.inf, -np.inf])
+
+
+def test_what_is_not_zero_in_a_mask_is_attended_to(params, ids):
+    mask = (np.arange(ids.shape[1]) != 3)[None] * np.ones_like(ids)
+    ones, others = (run(params, ids, attention_mask=jnp.asarray(mask * factor)) for factor in (1, -3))
+    np.testing.assert_array_equal(ones.last_hidden_state, others.last_hidden_state)
+
+
+def test_float16_is_clamped_where_the_first_sum_overflows(params, ids):
+    """Embeddings and what attention adds to them are finite."""
+    large = jax.tree.map(lambda x: jnp.clip(x, -6e4, 6e4), scaled(params, shared=3e4, o=3e4))
+    assert all(np.isfinite(h).all() for h in run(large, ids, jnp.float16).hidden_states)

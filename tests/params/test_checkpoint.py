@@ -1,6 +1,7 @@
 """Orbax folders: round trips, partial reads, and every way in which one can be wrong."""
 
 import json
+import logging
 import re
 import shutil
 import subprocess
@@ -195,9 +196,10 @@ def test_data_of_the_right_size_that_cannot_be_read_is_one_line_on_the_command_l
     )
 
 
-def test_float16_overflow_on_load_names_the_parameter(encoder, tmp_path):
+@pytest.mark.parametrize("value", [1e6, -1e6])
+def test_float16_overflow_on_load_names_the_parameter(encoder, tmp_path, value):
     params = jax.tree.map(lambda x: x, encoder.params)
-    params["clip_l"]["text_model"]["final_layer_norm"]["bias"] = jnp.full(32, 1e6)
+    params["clip_l"]["text_model"]["final_layer_norm"]["bias"] = jnp.full(32, value)
     clip_jax.TextEncoder(encoder.family, params, encoder.tokenizers).save(tmp_path / "large")
     with pytest.raises(CheckpointError, match="clip_l/text_model/final_layer_norm/bias holds values up to .*float16"):
         clip_jax.load(tmp_path / "large", dtype="float16")
@@ -261,3 +263,10 @@ def test_params_that_are_gone_are_not_a_full_disk(encoder, tmp_path):
     with pytest.raises(CheckpointError, match="clip_l/text_model/final_layer_norm/bias has been deleted"):
         donated.save(tmp_path / "out")
     assert not any(tmp_path.iterdir())
+
+
+def test_the_log_of_absl_is_quiet_meanwhile_alone(encoder, tmp_path):
+    logger = logging.getLogger("absl")
+    before = logger.level
+    encoder.save(tmp_path / "out")
+    assert logger.level == before != logging.CRITICAL

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from clip_jax import CheckpointError, ClipJaxError
-from clip_jax.params.cast import cast, float_dtype
+from clip_jax.params.cast import cast, check_range, float_dtype
 from clip_jax.params.random import random_tensor, random_tensors
 from clip_jax.params.shapes import check_shapes, layer_groups, param_shapes
 from tests.checkpoints import TINY
@@ -51,6 +51,7 @@ def test_float16_overflow_names_the_tensor_and_the_value():
         cast(array, np.dtype(np.float16), "fc1")
     np.testing.assert_array_equal(cast(array / 2, np.dtype(np.float16), "fc1"), (array / 2).astype(np.float16))
     assert np.isfinite(cast(array, np.dtype(jnp.bfloat16), "fc1").astype(np.float32)).all()
+    check_range(65504.0, "fc1")
 
 
 def test_random_tensors_are_the_same_everywhere_and_different_from_each_other():

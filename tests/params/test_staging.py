@@ -1,10 +1,13 @@
 """A folder appears whole or not at all, and what was there stays until then."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
+import threading
 
 import pytest
 
@@ -183,3 +186,47 @@ def test_what_was_there_comes_back_when_the_last_step_fails(tmp_path):
     with pytest.raises(FileNotFoundError), staged_folder(out, overwrite=True):
         pass  # nothing is made, so that there is nothing to rename
     assert (out / "_CHECKPOINT_METADATA").read_text() == "old"
+
+
+def test_an_empty_folder_may_be_replaced(tmp_path):
+    (tmp_path / "out").mkdir()
+    write(tmp_path / "out", overwrite=True)
+    assert (tmp_path / "out" / "_CHECKPOINT_METADATA").read_text() == "new"
+
+
+def test_a_staging_folder_that_has_no_lock_yet_is_left_alone(tmp_path, monkeypatch):
+    """Another that writes to the same folder comes between the two."""
+    out, mkdtemp = tmp_path / "out", tempfile.mkdtemp
+
+    def fail():
+        with pytest.raises(ZeroDivisionError), staged_folder(out, overwrite=True):
+            raise ZeroDivisionError
+
+    other = threading.Thread(target=fail)
+
+    def made(**options):
+        monkeypatch.setattr(tempfile, "mkdtemp", mkdtemp)
+        folder = mkdtemp(**options)
+        other.start()
+        other.join(1)
+        return folder
+
+    monkeypatch.setattr(tempfile, "mkdtemp", made)
+    write(out)
+    other.join()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_is_made_anew_while_it_is_removed_is_removed_again(tmp_path, monkeypatch):
+    rmtree, removed = shutil.rmtree, []
+
+    def remove(path, **options):
+        rmtree(path, **options)
+        if not removed:  # as a thread of Orbax does that still writes
+            (path / "new" / "state").mkdir(parents=True)
+        removed.append(path)
+
+    monkeypatch.setattr(shutil, "rmtree", remove)
+    with pytest.raises(ZeroDivisionError), staged_folder(tmp_path / "out"):
+        raise ZeroDivisionError
+    assert not any(tmp_path.iterdir())

@@ -13,13 +13,13 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from jax.sharding import AbstractMesh, PartitionSpec
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 import clip_jax
 from clip_jax.convert import convert
 from clip_jax.params.quantize import SCHEMES
 from clip_jax.params.shapes import param_shapes
-from clip_jax.params.shard import batch_sharding, device_bytes, idle_axes, param_shardings
+from clip_jax.params.shard import batch_sharding, device_bytes, idle_axes, over_auto_axes, param_shardings
 from tests.sharding.small import CLIP, PROMPTS, T5, encode, outputs, write_small
 
 TOLERANCE = 1e-5  # partial sums are added in another order
@@ -261,3 +261,18 @@ def test_one_device_is_a_mesh_too(sources):
     encoder = clip_jax.load(sources / "sd15", family="sd15", mesh=mesh)
     reference = clip_jax.load(sources / "sd15", family="sd15")
     np.testing.assert_array_equal(encoder("a cat").prompt_embeds, reference("a cat").prompt_embeds)
+
+
+def test_wo_of_t5_counts_as_float32_in_float16():
+    configs = {"t5": clip_jax.FAMILIES["flux"].tower("t5").config}
+    shardings = param_shardings(configs, AbstractMesh((2,), ("tensor",)))
+    wo = sum(np.prod(shape) for path, shape in param_shapes(configs["t5"]).items() if path.endswith("wo/kernel"))
+    assert device_bytes(configs, shardings, "float16") == device_bytes(configs, shardings, "bfloat16") + 2 * wo // 2
+
+
+def test_the_kind_of_memory_stays():
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), "x")
+    kinds = {memory.kind for memory in jax.devices()[0].addressable_memories()}
+    for kind in kinds:
+        assert over_auto_axes(NamedSharding(mesh, PartitionSpec(), memory_kind=kind)).memory_kind == kind
+    assert len(kinds) > 1

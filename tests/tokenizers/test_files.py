@@ -48,3 +48,9 @@ def test_a_tilde_is_the_users_folder(monkeypatch):
     assert expanded("~/a/b") == Path("/somewhere/a/b")
     assert expanded("a~/b") == Path("a~/b")
     assert expanded("~nobody-of-that-name/b") == Path("~nobody-of-that-name/b")
+
+
+def test_json_that_is_too_deep_is_named(tmp_path):
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    with pytest.raises(CheckpointError, match=r"deep\.json is not valid JSON \(maximum recursion depth"):
+        read_json(tmp_path / "deep.json")
