@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
 import json
 import math
 import random
@@ -23,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from bench.host import ROOT, git_state, slug, tell_noise, versions, watch_others
+from bench.host import ROOT, slug, stamp, tell_noise, versions, watch_others
 from bench.presets import LENGTH, clip_ids
 from bench.stats import pairwise_ratio, summary
 from bench.workers.about import device_facts
@@ -53,9 +52,7 @@ def main() -> None:
     device = device_facts()
     cases = [(model, dtype) for model in _MODELS for dtype in _DTYPES]
     result = {
-        "schema": 1,
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        **git_state(),
+        **stamp(),
         "platform": device["platform"],
         "device": device["name"],
         "versions": versions("jax", "jaxlib", "flax"),

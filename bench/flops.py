@@ -8,7 +8,6 @@ tower, on the rows that diffusers runs.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import platform
 from collections.abc import Callable
@@ -21,7 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 from bench.families import abstract_params
-from bench.host import git_state
+from bench.host import stamp
 from clip_jax import FAMILIES, Family, Tokens, text_embeddings
 from clip_jax.models import model_of
 
@@ -37,9 +36,7 @@ def main() -> None:
         for name, family in tqdm(FAMILIES.items(), disable=None, desc="Compiling")
     }
     result = {
-        "schema": 1,
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        **git_state(),
+        **stamp(),
         "python": platform.python_version(),
         "versions": {name: version(name) for name in ("jax", "flax")},
         "flops": families,

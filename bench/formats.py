@@ -8,7 +8,6 @@ memory, and torch and gguf to write their files with.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import platform
 import subprocess
@@ -23,7 +22,7 @@ import ml_dtypes
 import numpy as np
 from tqdm import tqdm
 
-from bench.host import git_state, host_facts
+from bench.host import host_facts, stamp
 from bench.memory import anonymous_mib, hf_shapes, peak_while
 
 _MIB = 2**20
@@ -58,9 +57,7 @@ def main() -> None:
     if arguments.only:
         return
     result = {
-        "schema": 1,
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        **git_state(),
+        **stamp(),
         "host": host_facts(),
         "python": platform.python_version(),
         "versions": {name: version(name) for name in ("jax", "orbax-checkpoint", "numpy", "torch", "gguf")},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 import platform
 import re
@@ -86,6 +87,12 @@ def git_state() -> dict[str, object]:
         "commit": _git("rev-parse", "--verify", "--quiet", "HEAD") or None,
         "dirty": bool(_git("--no-optional-locks", "status", "--porcelain", "--", ".", ":!bench/results")),
     }
+
+
+def stamp() -> dict[str, object]:
+    """What a result of one's own begins with."""
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    return {"schema": 1, "date": now, **git_state()}
 
 
 def _git(*arguments: str) -> str:

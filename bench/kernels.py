@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import datetime
 import json
 import os
 import re
@@ -27,7 +26,7 @@ from jax.experimental import topologies
 from tqdm import tqdm
 
 from bench.families import abstract_params
-from bench.host import git_state, versions
+from bench.host import stamp, versions
 from clip_jax import FAMILIES, Family, Tokens
 from clip_jax.handover import pack, program
 from clip_jax.models import Attention
@@ -82,9 +81,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("bench/results/kernels.json"))
     arguments = parser.parse_args()
     result = {
-        "schema": 1,
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        **git_state(),
+        **stamp(),
         "target": _TARGET,
         "versions": versions("jax", "jaxlib", "jax-cuda12-pjrt", "flax"),
         "kernels": [_describe(*case) for case in tqdm(list(_cases()), disable=None, desc="Compiling")],

@@ -7,7 +7,6 @@ each in a process of its own, and deletes everything. Needs 25 GB of disk and 16
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import platform
 import subprocess
@@ -19,7 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from bench.host import git_state, host_facts
+from bench.host import host_facts, stamp
 
 _MIB = 2**20
 _STEPS = ("convert", "load")
@@ -40,9 +39,7 @@ def main() -> None:
         parameters = _write_flux(source)
         peaks = {step: _run(step, source, converted) for step in _STEPS}
     result = {
-        "schema": 1,
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        **git_state(),
+        **stamp(),
         "host": host_facts(),
         "python": platform.python_version(),
         "versions": {name: version(name) for name in ("jax", "orbax-checkpoint", "numpy")},

@@ -8,7 +8,6 @@ them than there would be otherwise, while the time of each is its own.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import re
 import sys
@@ -24,7 +23,7 @@ import jax
 from tqdm import tqdm
 
 import clip_jax
-from bench.host import ROOT, git_state, slug, tell_noise, versions, watch_others
+from bench.host import ROOT, slug, stamp, tell_noise, versions, watch_others
 from bench.presets import LARGE_PRESETS, PRESETS
 from bench.stats import summary
 from bench.workers.about import device_facts
@@ -92,9 +91,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     cases = [(preset, name) for preset in args.presets for name in args.programs]
     result: dict[str, Any] = {
-        "schema": 1,
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        **git_state(),
+        **stamp(),
         "platform": device["platform"],
         "device": device["name"],
         "versions": versions("jax", "jaxlib", "flax"),

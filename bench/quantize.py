@@ -9,7 +9,6 @@ with T5 are left out unless they are named, and take 40 GB.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import platform
 import warnings
@@ -22,7 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 import clip_jax
-from bench.host import git_state
+from bench.host import stamp
 from clip_jax.params.quantize import SCHEMES, split
 from clip_jax.params.shapes import TensorSpec, flatten
 
@@ -40,9 +39,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("bench/results/quantize.json"))
     arguments = parser.parse_args()
     result = {
-        "schema": 1,
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        **git_state(),
+        **stamp(),
         "machine": platform.machine(),
         "device": jax.devices()[0].platform,
         "python": platform.python_version(),

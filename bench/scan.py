@@ -7,7 +7,6 @@ interleaved; a first call is tracing, compiling and running.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import time
 import warnings
@@ -21,7 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 import clip_jax
-from bench.host import cpu_model, git_state, tell_noise, versions, watch_others
+from bench.host import cpu_model, stamp, tell_noise, versions, watch_others
 from bench.presets import clip_ids
 from bench.stats import pairwise_ratio, summary
 from clip_jax.config import ClipTextConfig
@@ -42,9 +41,7 @@ def main() -> None:
     arguments = parser.parse_args()
     cases = [(family, dtype) for family in _TOWERS for dtype in _DTYPES]
     result = {
-        "schema": 1,
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        **git_state(),
+        **stamp(),
         "device": cpu_model() if jax.default_backend() == "cpu" else jax.devices()[0].device_kind,
         "versions": versions("jax", "jaxlib", "flax"),
         "rounds": _ROUNDS,

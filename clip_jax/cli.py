@@ -37,6 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         warnings.showwarning = lambda message, *_: _say("warning", message)
         try:
             arguments.run(arguments)
+            if sys.stdout is not None:  # a reader that is gone is to be noticed here, not while Python ends
+                sys.stdout.flush()
         except BrokenPipeError:  # whoever read the output has read enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 1
@@ -177,6 +179,8 @@ def _one_or_all(sources: Sequence[str]) -> str | Sequence[str]:
 def _prompts(arguments: argparse.Namespace) -> list[str]:
     if arguments.prompt not in (None, "-"):
         return [arguments.prompt]
+    if arguments.file is None and sys.stdin is None:
+        raise ClipJaxError("Expected prompts on stdin, which is closed.")
     try:
         text = sys.stdin.read() if arguments.file is None else arguments.file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from clip_jax.errors import ConfigError
-from clip_jax.hf_fields import OF_ANY_MODEL, check_fields
+from clip_jax.hf_fields import OF_ANY_MODEL, check_fields, check_size
 from clip_jax.t5_config import T5EncoderConfig as T5EncoderConfig
 
 #: `hidden_act` in a transformers config. "gelu" is the exact (erf) form there, "gelu_new" the tanh form.
@@ -96,8 +96,7 @@ class ClipTextConfig:
         if self.projection_dim is not None:
             sizes["projection_dim"] = self.projection_dim
         for name, size in sizes.items():
-            if type(size) is not int or size < 1:
-                raise ConfigError(f"{name} must be a positive int, found {size!r}.")
+            check_size(name, size)
         if type(self.eos_token_id) is not int or self.eos_token_id < 0:
             raise ConfigError(f"eos_token_id must be one token id (an int >= 0), found {self.eos_token_id!r}.")
         if not isinstance(self.layer_norm_eps, float) or not self.layer_norm_eps > 0:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -89,7 +88,7 @@ class TextEncoder:
     def params(self, params: Params) -> None:
         self._params = params = settled(params)
         self._handover, self._packs = None, not self._exported and pays(params)
-        state = self._state(params)  # lets go of frozen programs
+        state = self._state(params, self.dtype)  # lets go of frozen programs
         if self.cache is not None:  # at once, for it would hold the old ones until the next call
             self.cache.renew(params, state)
 
@@ -166,7 +165,7 @@ class TextEncoder:
             prompts = (prompt, negative_prompt, prompt_2, prompt_3, negative_prompt_2, negative_prompt_3)
             call = call_key(prompts, guidance, clip_skip, clip_skip_negative, max_sequence_length)
             params = self.params
-            generation = cache.renew(params, self._state(params))
+            generation = cache.renew(params, self._state(params, self.dtype))
             if call is not None and (found := cache.get(call, generation)) is not None:
                 return found
         tokens = self.tokenize(
@@ -232,11 +231,11 @@ class TextEncoder:
         for tower in self.family.towers:  # also where nothing is to be computed
             layers_taken(self.family, tower, clip_skip_negative, clip_skip)
         skips = skips_of(tokens, (clip_skip_negative, clip_skip))
-        params, cache = self.params, self.cache  # once: another thread may exchange them meanwhile
-        run = functools.partial(self._run, params)
+        params, dtype, cache = self.params, self.dtype, self.cache  # once: another thread may exchange them meanwhile
+        run = functools.partial(self._run, params, dtype)
         if cache is None or self.batch_sharding is not None or intercepted() or not on_host(tokens):
             return run(tokens, skips)
-        return encode_cached(cache, cache.renew(params, self._state(params)), tokens, skips, run)
+        return encode_cached(cache, cache.renew(params, self._state(params, dtype)), tokens, skips, run)
 
     @jax.transfer_guard_host_to_device("allow")
     def warmup(
@@ -254,6 +253,7 @@ class TextEncoder:
 
         With guidance and a cache these are one for new prompts with new negatives, one for prompts whose negatives are
         known, and for several prompts one for a negative that all have; of FLUX each for all lengths of CLIP-L's ids.
+        Where a few of several prompts are known, the others make a smaller batch: give its size as well.
         They are kept on disk where a compilation cache is on (`clip_jax.enable_compilation_cache`), but frozen ones.
 
         Frozen programs have the kernels in them, packed for products by oneDNN: faster on a CPU. Each keeps the kernels
@@ -274,69 +274,69 @@ class TextEncoder:
         """
         if freeze and intercepted():
             raise ClipJaxError("freeze is not for nn.intercept_methods: change the params instead, and freeze those.")
-        params, skips = self.params, (clip_skip_negative, clip_skip)
+        params, dtype, skips = self.params, self.dtype, (clip_skip_negative, clip_skip)
         for size in checked_sizes(batch_sizes):
             tokens = self.tokenize(
                 [""] * size, negative_prompt, guidance=guidance, max_sequence_length=max_sequence_length
             )
             for part, part_skips in [(tokens, skips)] if self.cache is None else parts(tokens, skips):
                 if freeze:
-                    self._freeze(params, part, part_skips)
+                    self._freeze(params, dtype, part, part_skips)
                 for ids in of_every_length(part, self.family) if not (self._exported or freeze) else [part]:
-                    out = jax.block_until_ready(self._run(params, ids, part_skips))
+                    out = jax.block_until_ready(self._run(params, dtype, ids, part_skips))
                 if self.cache is not None and self.batch_sharding is None:
                     prepare(out, zeros=tokens.zero_uncond)
 
-    def _freeze(self, params: Params, tokens: Tokens, skips: Skips) -> None:
+    def _freeze(self, params: Params, dtype: np.dtype, tokens: Tokens, skips: Skips) -> None:
         tokens, skips = padded(tokens), skips_of(tokens, skips)
         with FREEZING:
-            programs = self._frozen_programs(params) or FrozenPrograms(params, self.family, self.dtype)
-            programs.add(lambda params, tokens: self._compute(params, tokens, skips), tokens, skips, self.dtype)
+            programs = self._frozen_programs(params, dtype) or FrozenPrograms(params, self.family, dtype)
+            programs.add(lambda params, tokens: self._compute(params, dtype, tokens, skips), tokens, skips, dtype)
             self._frozen = programs
 
-    def _frozen_programs(self, params: Params) -> FrozenPrograms | None:
+    def _frozen_programs(self, params: Params, dtype: np.dtype) -> FrozenPrograms | None:
         """Those with these params in them; others are let go of, unless they are newer than the call that asks."""
         programs = self._frozen
-        if programs is None or programs.are_of(params, self.family, self.dtype):
+        if programs is None or programs.are_of(params, self.family, dtype):
             return programs
-        self._frozen = None if params is self._params else programs
+        self._frozen = None if params is self._params and dtype == self._dtype else programs
         return None
 
-    def _run(self, params: Params, tokens: Tokens, skips: Skips) -> TextEmbeddings:
+    def _run(self, params: Params, dtype: np.dtype, tokens: Tokens, skips: Skips) -> TextEmbeddings:
         """Encodes ids, in a bucket of batches; within a `jit` as they are."""
         skips = skips_of(tokens, skips)
         if is_traced(tokens):
-            return self._compute(params, tokens, skips)
+            return self._compute(params, dtype, tokens, skips)
         batch, tokens = batch_of(tokens), padded(tokens)
-        frozen = None if intercepted() or jax.config.jax_disable_jit else self._frozen_programs(params)
+        frozen = None if intercepted() or jax.config.jax_disable_jit else self._frozen_programs(params, dtype)
         with auto_axes(self.batch_sharding):
             if program := frozen and frozen.find(tokens, skips):  # with the tails: one for texts of any length
                 out = program(tokens)
             else:
                 ids = tokens if self._exported else without_tails(tokens, self.family)
-                rows, handover = self.batch_sharding, self._handover_of(params)
-                out = handover(ids, skips) if handover else self._compute(params, placed(ids, params, rows), skips)
+                rows, packed = self.batch_sharding, self._handover_of(params, dtype)
+                out = packed(ids, skips) if packed else self._compute(params, dtype, placed(ids, params, rows), skips)
             if batch_of(tokens) != batch:
                 out = cut_rows(out, batch)
-            if self.dtype == jnp.float16 and not is_traced(out):  # within a `jit` there is nothing to look at
+            if dtype == jnp.float16 and not is_traced(out):  # within a `jit` there is nothing to look at
                 check_finite(out)
         return out
 
-    def _handover_of(self, params: Params) -> Handover | None:
+    def _handover_of(self, params: Params, dtype: np.dtype) -> Handover | None:
         """How params reach the program, where that is not as they are."""
         if not self._packs or self.batch_sharding is not None or intercepted() or jax.config.jax_disable_jit:
             return None
-        self._handover = handover = renewed(self._handover, params, self.family, self.dtype, self.attention)
+        self._handover = handover = renewed(self._handover, params, self.family, dtype, self.attention)
         return handover
 
-    def _compute(self, params: Params, tokens: Tokens, skips: Skips) -> TextEmbeddings:
-        return embed(params, tokens, self.family, self.dtype, skips, self.attention)
+    def _compute(self, params: Params, dtype: np.dtype, tokens: Tokens, skips: Skips) -> TextEmbeddings:
+        return embed(params, tokens, self.family, dtype, skips, self.attention)
 
-    def _state(self, params: Params) -> list[object]:
+    def _state(self, params: Params, dtype: np.dtype) -> list[object]:
         """What embeddings depend on beside params, prompts and options."""
-        frozen = self._frozen_programs(params)
-        tokenizers = itertools.chain(*self.tokenizers.items())
-        return [*tokenizers, self.family, self.dtype, self.attention, *(frozen.programs if frozen else ())]
+        frozen = self._frozen_programs(params, dtype)
+        programs = frozen.programs if frozen else ()
+        return [*self.tokenizers, *self.tokenizers.values(), self.family, dtype, self.attention, *programs]
 
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
         """Writes params, architectures and tokenizers to a folder that `clip_jax.load` reads, quantised if they are.

@@ -6,6 +6,7 @@ import dataclasses
 import os
 
 import jax
+import numpy as np
 
 from clip_jax.cache import CACHE_BYTES
 from clip_jax.embed import Params, Skips
@@ -35,15 +36,15 @@ class ExportedTextEncoder(TextEncoder):
 
     _exported = True
 
-    def _compute(self, params: Params, tokens: Tokens, skips: Skips) -> TextEmbeddings:
+    def _compute(self, params: Params, dtype: np.dtype, tokens: Tokens, skips: Skips) -> TextEmbeddings:
         if intercepted():
             raise ClipJaxError(
                 "Exported programs take no notice of nn.intercept_methods, and a LoRA would be lost: load the folder "
                 "with `clip_jax.load`."
             )
-        if self.dtype.name != self.programs.dtype:
+        if dtype.name != self.programs.dtype:
             raise ClipJaxError(
-                f"The programs were exported for {self.programs.dtype}, found {self.dtype.name}. Export again, or load "
+                f"The programs were exported for {self.programs.dtype}, found {dtype.name}. Export again, or load "
                 f"the folder with `clip_jax.load`."
             )
         exported = self.family.max_sequence_length

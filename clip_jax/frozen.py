@@ -20,7 +20,7 @@ from clip_jax.embed import Params, Skips
 from clip_jax.errors import ClipJaxError
 from clip_jax.models.quantized import is_quantized
 from clip_jax.params.memory import give_back
-from clip_jax.params.snapshot import Snapshot
+from clip_jax.params.snapshot import Snapshot, devices_of
 from clip_jax.structs import TextEmbeddings, Tokens
 
 #: What computes embeddings: traceable, and a function of nothing else.
@@ -51,7 +51,7 @@ class FrozenPrograms:
     def __init__(self, params: Params, *others: Hashable) -> None:
         self.others = others
         self._snapshot = Snapshot(params)
-        self._devices = _devices(params)
+        self._devices = devices_of(params)
         self._programs: dict[Hashable, Program] = {}
 
     @property
@@ -123,7 +123,7 @@ def _check(params: Params, dtype: np.dtype) -> None:
     leaves = jax.tree.leaves(params, is_leaf=is_quantized)
     if any(map(is_quantized, leaves)):
         raise ClipJaxError("Quantised params cannot be frozen: XLA leaves oneDNN none of their products. Leave it out.")
-    devices = _devices(params)
+    devices = devices_of(params)
     if len(devices) > 1 or any(device.platform != "cpu" for device in devices):
         found = ", ".join(sorted(map(str, devices)))
         raise ClipJaxError(f"freeze is for params on one CPU device, found them on {found}. Leave it out.")
@@ -146,10 +146,6 @@ def _packs(dtype: str) -> bool:
     except jax.errors.JaxRuntimeError:  # options that this version does not know
         return False
     return '"weights_prepacked":true' in (compiled.as_text() or "")
-
-
-def _devices(params: Params) -> set[jax.Device]:
-    return {device for leaf in jax.tree.leaves(params) if isinstance(leaf, jax.Array) for device in leaf.devices()}
 
 
 def _either(kernel: np.ndarray | None, other: jax.Array | None) -> np.ndarray | jax.Array | None:

@@ -21,7 +21,7 @@ from clip_jax.embed import Params, Skips, embed
 from clip_jax.families import Family
 from clip_jax.models import Attention
 from clip_jax.models.quantized import is_quantized
-from clip_jax.params.snapshot import Snapshot
+from clip_jax.params.snapshot import Snapshot, devices_of
 from clip_jax.structs import TextEmbeddings, Tokens, is_traced
 
 #: Elements. Norms and biases have less, and copies of them weigh nothing; kernels and embeddings have more.
@@ -144,5 +144,5 @@ def pays(params: Params) -> bool:
     """Whether params are on one device that is no CPU: there the same call takes tens of milliseconds."""
     if is_traced(params):
         return False
-    devices = {device for leaf in jax.tree.leaves(params) if isinstance(leaf, jax.Array) for device in leaf.devices()}
+    devices = devices_of(params)
     return len(devices) == 1 and all(device.platform != "cpu" for device in devices)

@@ -22,6 +22,20 @@ OF_ANY_MODEL = frozenset(
 )
 """Fields that transformers writes for any model, without effect on what a text encoder computes at inference."""
 
+_MOST, _MOST_LAYERS = 2**24, 1000  # beyond any model, and little enough to be looked at
+
+
+def check_size(name: str, size: object) -> None:
+    """Refuses what is no number of dimensions or layers, or one that no model has.
+
+    Raises:
+        ConfigError: It is none.
+    """
+    if type(size) is not int or size < 1:
+        raise ConfigError(f"{name} must be a positive int, found {size!r}.")
+    if size > (most := _MOST_LAYERS if name.endswith("_layers") else _MOST):
+        raise ConfigError(f"{name} must be at most {most}, found {size}: is the file damaged?")
+
 
 def check_fields(
     config: Mapping[str, Any],

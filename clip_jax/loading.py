@@ -6,7 +6,7 @@ import dataclasses
 import math
 import os
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -335,6 +335,7 @@ def _places(
     """Where params and rows of ids go; None is the default device."""
     if mesh is None:
         return None, None
+    rules = list(rules) if isinstance(rules, Iterator) else rules  # they are gone through several times
     shardings = param_shardings(configs, mesh, rules)
     if idle := idle_axes(shardings, rules):
         warnings.warn(

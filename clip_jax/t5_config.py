@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from clip_jax.errors import ConfigError
-from clip_jax.hf_fields import OF_ANY_MODEL, check_fields
+from clip_jax.hf_fields import OF_ANY_MODEL, check_fields, check_size
 
 # transformers' T5Config defaults: what an absent key means (configuration_t5.py).
 _HF_DEFAULTS: dict[str, Any] = {
@@ -75,9 +75,8 @@ class T5EncoderConfig:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            size = getattr(self, field.name)
-            if field.name != "layer_norm_epsilon" and (type(size) is not int or size < 1):
-                raise ConfigError(f"{field.name} must be a positive int, found {size!r}.")
+            if field.name != "layer_norm_epsilon":
+                check_size(field.name, getattr(self, field.name))
         if not isinstance(self.layer_norm_epsilon, float) or not self.layer_norm_epsilon > 0:
             raise ConfigError(f"layer_norm_epsilon must be a positive float, found {self.layer_norm_epsilon!r}.")
         buckets, distance = self.relative_attention_num_buckets, self.relative_attention_max_distance
@@ -148,4 +147,4 @@ def _kind(model_type: Any) -> str:
         "umt5": "every block of a UMT5 has its own relative position biases",
         "mt5": "an mT5 has another vocabulary, of 250,112 rows",
     }
-    return f"{model_type!r}" + (f": {differences[model_type]}" if model_type in differences else "")
+    return f"{model_type!r}" + (f": {differences[model_type]}" if model_type in list(differences) else "")

@@ -14,9 +14,8 @@ import numpy as np
 
 from clip_jax.convert.readers.tensor_file import damaged, short
 from clip_jax.errors import CheckpointError
-from clip_jax.tokenizers.t5 import MAX_LENGTH, T5Tokenizer, build_pipeline
+from clip_jax.tokenizers.t5 import MAX_LENGTH, SPECIAL, T5Tokenizer, build_pipeline
 
-_SPECIAL = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
 _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = 2, 3, 4, 5  # types of tokens in llama.cpp
 
 
@@ -63,7 +62,7 @@ def gguf_tokenizer(metadata: Mapping[str, Any], path: Path) -> T5Tokenizer:
             "byte_fallback": False,
         },
     }
-    return T5Tokenizer(build_pipeline(whole, _SPECIAL, path), _SPECIAL, MAX_LENGTH)
+    return T5Tokenizer(build_pipeline(whole, SPECIAL, path), SPECIAL, MAX_LENGTH)
 
 
 def _numbers(found: Any) -> np.ndarray:

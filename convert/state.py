@@ -7,7 +7,8 @@ used, and slices and transposes of them are views.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 
@@ -46,3 +47,9 @@ StateDict = Mapping[str, Tensor]
 def below(state: StateDict, prefix: str) -> dict[str, Tensor]:
     """The tensors whose names begin with `prefix`, without it."""
     return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+
+
+def renamed(name: str, table: Iterable[tuple[str, str]]) -> str:
+    """What the first pattern of a table that fits makes of a name; the name itself where none does."""
+    found = ((re.fullmatch(pattern, name), replacement) for pattern, replacement in table)
+    return next((match.expand(replacement) for match, replacement in found if match), name)

@@ -1,6 +1,7 @@
 """The command line: what it prints, what it writes, and one line for every mistake."""
 
 import io
+import os
 import re
 import shutil
 import subprocess
@@ -368,6 +369,11 @@ def test_a_mistake_on_stdin_is_one_line(model, capsys, monkeypatch, content, mes
     assert fails(capsys, "embed", "-", "--model", model).startswith(message)
 
 
+def test_a_stdin_that_is_closed_is_one_line(model, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+    assert fails(capsys, "embed", "-", "--model", model) == "Expected prompts on stdin, which is closed.\n"
+
+
 def test_float16_that_overflows_is_one_line(tmp_path, capsys):
     state = hf_state(TINY)
     state["text_model.final_layer_norm.bias"][0] = 1e6
@@ -437,6 +443,18 @@ def test_what_the_terminal_cannot_show_is_escaped():
     done = run("tokenize", "Ō", env={"PYTHONIOENCODING": "latin-1"})
     assert done.returncode == 0
     assert b"\\u" in done.stdout
+
+
+@pytest.mark.parametrize("command", [["tokenize", "a cat"], ["info", "random:sd15"]])
+def test_a_reader_that_is_gone_is_no_mistake(command):
+    read, write = os.pipe()
+    os.close(read)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    with os.fdopen(write) as gone:
+        done = subprocess.run(
+            [str(SCRIPT), *command], stdout=gone, stderr=subprocess.PIPE, check=False, env=environment
+        )
+    assert (done.returncode, done.stderr) == (1, b"")
 
 
 def test_bytes_that_are_no_text_are_one_line():

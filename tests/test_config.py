@@ -94,6 +94,8 @@ def test_unknown_fields_warn_by_name():
         ({"num_attention_heads": 7}, "multiple of num_attention_heads, found 768 and 7"),
         ({"num_hidden_layers": 0}, "num_hidden_layers must be a positive int, found 0"),
         ({"hidden_size": "768"}, "hidden_size must be a positive int, found '768'"),
+        ({"vocab_size": 10**20}, "vocab_size must be at most 16777216, found 1000"),
+        ({"num_hidden_layers": 10**5}, "num_hidden_layers must be at most 1000, found 100000"),
         ({"eos_token_id": [49407, 2]}, r"eos_token_id must be one token id .* found \[49407, 2\]"),
         ({"layer_norm_eps": 0.0}, "layer_norm_eps must be a positive float"),
     ],

@@ -129,7 +129,7 @@ def test_a_call_that_began_before_params_were_exchanged_leaves_the_new_programs(
     mine.params = jax.tree.map(lambda leaf: 2 * leaf, old)
     mine.warmup(freeze=True)
     tokens = mine.tokenize("a cat")
-    same(mine._run(old, tokens, (None, None)), encoder("a cat"), 1e-6)
+    same(mine._run(old, mine.dtype, tokens, (None, None)), encoder("a cat"), 1e-6)
     assert len(programs(mine)) == 1
 
 

@@ -45,7 +45,7 @@ def test_it_computes_the_same_bit_for_bit(loaded):
     options = {"max_sequence_length": 16} if "t5" in loaded.config else {}
     for prompts, clip_skip in ((["a cat"], None), (["a cat", "two dogs", "a bird"], 1)):
         tokens = loaded.tokenize(prompts, "blurry", **options)
-        wanted = loaded._compute(loaded.params, tokens, (None, clip_skip))
+        wanted = loaded._compute(loaded.params, loaded.dtype, tokens, (None, clip_skip))
         found = packs.encode(tokens, clip_skip=clip_skip)
         assert jax.tree.structure(found) == jax.tree.structure(wanted)
         for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
@@ -58,7 +58,7 @@ def test_it_computes_the_same_bit_for_bit(loaded):
 def test_quantised_params_are_packed_too(tiny_sd15, scheme):
     loaded = clip_jax.load(tiny_sd15, family="sd15", cache_bytes=0, quantize=scheme)
     tokens = loaded.tokenize("a cat", "blurry")
-    wanted = loaded._compute(loaded.params, tokens, (None, None))
+    wanted = loaded._compute(loaded.params, loaded.dtype, tokens, (None, None))
     loaded._compute = None
     np.testing.assert_array_equal(loaded.encode(tokens).prompt_embeds, wanted.prompt_embeds)
 

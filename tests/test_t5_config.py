@@ -97,6 +97,8 @@ def test_unknown_fields_warn_by_name():
         ({"model_type": "umt5"}, "found 'umt5': every block"),
         ({"model_type": "mt5"}, "found 'mt5': .* 250,112"),
         ({"model_type": "clip_text_model"}, r"\(model_type 't5'\), found 'clip_text_model'\."),
+        ({"model_type": ["t5"]}, r"\(model_type 't5'\), found \['t5'\]\."),
+        ({"num_layers": 10**5}, "num_layers must be at most 1000, found 100000"),
         ({"num_heads": 0}, "num_heads must be a positive int, found 0"),
         ({"d_model": "4096"}, "d_model must be a positive int, found '4096'"),
         ({"layer_norm_epsilon": 0.0}, "layer_norm_epsilon must be a positive float"),

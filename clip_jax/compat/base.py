@@ -300,7 +300,7 @@ class FlaxPreTrainedModel:
                 f"train=True means dropout, of which the config asks for {dropout}, and which is not computed. Pass "
                 f"train=False, or set it to 0 in model.config."
             )
-        ids, *others = (x if x is None or isinstance(x, jax.Array) else np.asarray(x) for x in arrays)
+        ids, *others = map(_as_array, arrays)
         if ids is None or ids.ndim != 2 or 0 in ids.shape:
             raise ClipJaxError(f"Expected input_ids [B, L], found {'none' if ids is None else ids.shape}.")
         for array in others:
@@ -311,6 +311,16 @@ class FlaxPreTrainedModel:
             limit = self._tower.max_position_embeddings
             _check_range(others[1], limit, "position_ids", "position embedding", "they count from 0.")
         return ids, *others
+
+
+def _as_array(array: Any) -> np.ndarray | jax.Array | None:
+    """What is no array of jax, as one of numpy; None stays."""
+    if array is None or isinstance(array, jax.Array):
+        return array
+    try:
+        return np.asarray(array)
+    except ValueError as error:
+        raise ClipJaxError("Expected arrays [B, L], found rows of several lengths. Pad them to one.") from error
 
 
 def _check_range(ids: np.ndarray | jax.Array | None, rows: int, name: str, embedding: str, advice: str) -> None:

@@ -32,7 +32,7 @@ def stored_family(metadata: CheckpointMetadata, path: Path, without: Iterable[st
         CheckpointError: There is none of that name.
         ClipJaxError: It does not work without these towers.
     """
-    if metadata.family not in FAMILIES:
+    if metadata.family not in list(FAMILIES):  # of a damaged file it may be anything
         raise CheckpointError(
             f"{path} is of family {metadata.family!r}, unknown to this clip_jax. Upgrade clip-jax-text."
         )

@@ -36,6 +36,11 @@ def settled(params: Mapping[str, Any]) -> Mapping[str, Any]:
     return params if same else found
 
 
+def devices_of(params: Mapping[str, Any]) -> set[jax.Device]:
+    """Where the arrays of params lie."""
+    return {device for leaf in jax.tree.leaves(params) if isinstance(leaf, jax.Array) for device in leaf.devices()}
+
+
 class Snapshot:
     """Params as they were when it was taken.
 

@@ -79,13 +79,13 @@ def path_of(out: str | os.PathLike[str]) -> Path:
     name = os.path.expanduser(os.fspath(out))
     if not name:
         raise CheckpointError("The folder to make has no name; expected a path.")
-    path = Path(os.path.abspath(name))
-    if "\\" in str(path):
-        raise CheckpointError(f"{path} has a backslash, which TensorStore does not read. Choose another place.")
     try:
+        path = Path(os.path.abspath(name))
         path.exists()
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be written: {error.strerror}. Choose another place.") from error
+        raise CheckpointError(f"{name} cannot be written: {error.strerror}. Choose another place.") from error
+    if "\\" in str(path):
+        raise CheckpointError(f"{path} has a backslash, which TensorStore does not read. Choose another place.")
     return path
 
 
@@ -103,13 +103,20 @@ def check_free(out: Path, overwrite: bool, mark: str = CHECKPOINT_MARK) -> None:
         raise CheckpointError(
             f"{out} exists already. Choose another name, or replace it with overwrite=True (--overwrite)."
         )
-    if Path.cwd().is_relative_to(out.resolve()):
+    if _runs_in(out):
         raise CheckpointError(f"{out} is where this process runs, so it is not overwritten. Choose another name.")
     if not (out / mark).is_file() and not (out.is_dir() and not any(out.iterdir())):
         kind = "a checkpoint" if mark == CHECKPOINT_MARK else "an export"
         raise CheckpointError(
             f"{out} is not {kind} written by clip_jax, so it is not overwritten. Choose another name."
         )
+
+
+def _runs_in(folder: Path) -> bool:
+    try:
+        return Path.cwd().is_relative_to(folder.resolve())
+    except FileNotFoundError:  # where this process runs is gone
+        return False
 
 
 def check_apart(out: Path, sources: Iterable[Path]) -> None:

@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import ClassVar, Self
 
+from clip_jax.tokenizers.files import telling_damage
 from clip_jax.tokenizers.folder import read_folder
 from clip_jax.tokenizers.pipeline import EOS, MAX_LENGTH, Recipe, build_pipeline, packaged_recipe
 from clip_jax.tokenizers.rows import RowTokenizer, id_of
@@ -62,7 +63,8 @@ class ClipTokenizer(RowTokenizer):
             CheckpointError: files are missing, unreadable, or of another kind of tokenizer, or name a special
                 token that the vocabulary does not have.
         """
-        recipe = read_folder(Path(folder))
-        if pad_token is not None:
-            recipe = dataclasses.replace(recipe, special={**recipe.special, "pad_token": pad_token})
-        return cls(recipe)
+        with telling_damage(folder):
+            recipe = read_folder(Path(folder))
+            if pad_token is not None:
+                recipe = dataclasses.replace(recipe, special={**recipe.special, "pad_token": pad_token})
+            return cls(recipe)

@@ -3,10 +3,11 @@
 import contextlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from clip_jax.errors import CheckpointError
+from clip_jax.errors import CheckpointError, ClipJaxError
 
 _NO_LIMIT = 10**20  # transformers writes int(1e30) for "no maximum"
 _MAX_NAMES = 8  # of files in one message
@@ -43,6 +44,23 @@ def check_sides(settings: dict[str, Any], path: Path) -> None:
                 f"{path}: {name} is {settings[name]!r}, expected 'right': rows are padded and cut at their end. Take "
                 f"the tokenizer of the pipeline, or change it to 'right' if the model was trained so."
             )
+
+
+@contextlib.contextmanager
+def telling_damage(folder: Path) -> Iterator[None]:
+    """Around what makes a tokenizer of files: those that hold something else than it takes for granted are an error.
+
+    Raises:
+        CheckpointError: They do.
+    """
+    try:
+        yield
+    except ClipJaxError:
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
+        raise CheckpointError(
+            f"{folder}: the files of its tokenizer cannot be read ({type(error).__name__}: {error}); fetch them again."
+        ) from error
 
 
 def read_optional_json(path: Path) -> dict[str, Any]:

@@ -54,6 +54,8 @@ def read_folder(folder: Path) -> Recipe:
             f"The vocabulary in {folder} has no token that ends in {END_OF_WORD!r}: it is no CLIP vocabulary "
             f"(GPT-2's has none either). {_WANTED}."
         )
+    if max(vocab.values()) >= 2**31:
+        raise CheckpointError(f"The vocabulary in {folder} has an id of {max(vocab.values())}; fetch it again.")
 
     config_path = folder / "tokenizer_config.json"
     settings = read_optional_json(config_path)

@@ -111,7 +111,7 @@ def build_pipeline(recipe: Recipe) -> Tokenizer:
     pipeline.decoder = decoders.ByteLevel()
     pipeline.add_tokens(_tokens_to_add(recipe))
     for index, token in recipe.added.items():
-        found = id_of(pipeline, token.content)
+        found = pipeline.token_to_id(token.content)
         if found != index:
             raise CheckpointError(
                 f"The added token {token.content!r} of {recipe.source} is declared as id {index}, but would "

@@ -6,9 +6,7 @@ import json
 
 from tokenizers import Tokenizer, models
 
-from clip_jax.tokenizers.t5 import MAX_LENGTH, T5Tokenizer, build_pipeline
-
-_SPECIAL = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+from clip_jax.tokenizers.t5 import MAX_LENGTH, SPECIAL, T5Tokenizer, build_pipeline
 
 
 def stand_in_t5_tokenizer() -> T5Tokenizer:
@@ -17,8 +15,8 @@ def stand_in_t5_tokenizer() -> T5Tokenizer:
     The ids are not those of T5. With random weights that changes nothing but how many tokens a prompt has.
     """
     characters = [chr(point) for point in range(0x100) if chr(point).isprintable() and not chr(point).isspace()]
-    pieces = [(piece, 0.0) for piece in (*_SPECIAL.values(), "\u2581", *characters)]
+    pieces = [(piece, 0.0) for piece in (*SPECIAL.values(), "\u2581", *characters)]
     tokenizer = Tokenizer(models.Unigram(pieces, unk_id=2))
-    tokenizer.add_special_tokens(list(_SPECIAL.values()))
-    pipeline = build_pipeline(json.loads(tokenizer.to_str()), _SPECIAL, "the stand-in for T5's tokenizer")
-    return T5Tokenizer(pipeline, _SPECIAL, MAX_LENGTH)
+    tokenizer.add_special_tokens(list(SPECIAL.values()))
+    pipeline = build_pipeline(json.loads(tokenizer.to_str()), SPECIAL, "the stand-in for T5's tokenizer")
+    return T5Tokenizer(pipeline, SPECIAL, MAX_LENGTH)

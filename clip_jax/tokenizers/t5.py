@@ -8,12 +8,20 @@ from typing import Any, ClassVar, Self
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from clip_jax.errors import CheckpointError
-from clip_jax.tokenizers.files import check_sides, exists, listing, model_max_length, read_optional_json, token_content
+from clip_jax.tokenizers.files import (
+    check_sides,
+    exists,
+    listing,
+    model_max_length,
+    read_optional_json,
+    telling_damage,
+    token_content,
+)
 from clip_jax.tokenizers.rows import RowTokenizer
 
 MAX_LENGTH = 512
 
-_DEFAULT_SPECIAL = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+SPECIAL = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
 _ADVICE = (
     "Pass the folder of a T5 tokenizer (tokenizer_2/ of FLUX, tokenizer_3/ of SD3): "
     'tokenizer={"t5": folder} (--tokenizer t5=FOLDER).'
@@ -69,11 +77,12 @@ class T5Tokenizer(RowTokenizer):
             if not exists(source):
                 return None
             whole = _convert_sentencepiece(folder, alone=others)
-        settings = {} if others else read_optional_json(folder / "tokenizer_config.json")
-        check_sides(settings, folder / "tokenizer_config.json")
-        special = {name: token_content(settings.get(name)) or token for name, token in _DEFAULT_SPECIAL.items()}
-        length = model_max_length(settings, folder / "tokenizer_config.json", MAX_LENGTH)
-        return cls(build_pipeline(whole, special, source), special, length)
+        with telling_damage(folder):
+            settings = {} if others else read_optional_json(folder / "tokenizer_config.json")
+            check_sides(settings, folder / "tokenizer_config.json")
+            special = {name: token_content(settings.get(name)) or token for name, token in SPECIAL.items()}
+            length = model_max_length(settings, folder / "tokenizer_config.json", MAX_LENGTH)
+            return cls(build_pipeline(whole, special, source), special, length)
 
 
 def _is_unigram(whole: dict[str, Any]) -> bool:

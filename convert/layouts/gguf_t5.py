@@ -5,9 +5,7 @@ Reference: gguf-py `tensor_mapping.py`, llama.cpp `convert_hf_to_gguf.py` (`T5En
 
 from __future__ import annotations
 
-import re
-
-from clip_jax.convert.state import StateDict, Tensor
+from clip_jax.convert.state import StateDict, Tensor, renamed
 
 _ANCHOR = "enc.blk.0.attn_q.weight"
 _NAMES = (
@@ -35,12 +33,4 @@ def is_gguf_t5(state: StateDict) -> bool:
 
 def as_hf(state: StateDict) -> dict[str, Tensor]:
     """The same tensors under transformers' names; a name that has no place there is kept."""
-    return {_rename(name): tensor for name, tensor in state.items()}
-
-
-def _rename(name: str) -> str:
-    for pattern, replacement in _NAMES:
-        renamed, count = re.subn(rf"^{pattern}$", replacement, name)
-        if count:
-            return renamed
-    return name
+    return {renamed(name, _NAMES): tensor for name, tensor in state.items()}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 
-from clip_jax.convert.state import StateDict, Tensor
+from clip_jax.convert.state import StateDict, Tensor, renamed
 from clip_jax.errors import CheckpointError
 
 _ANCHOR = re.compile(r"(?P<root>(?:.*\.)?)token_embedding\.weight")
@@ -72,16 +72,8 @@ def as_hf(state: StateDict, where: str) -> dict[str, Tensor]:
         if match := _IN_PROJ.fullmatch(name):
             result |= _split_in_proj(tensor, match[1], match[2], where)
         else:
-            result[_rename(name)] = tensor
+            result[renamed(name, _NAMES)] = tensor
     return result
-
-
-def _rename(name: str) -> str:
-    for pattern, replacement in _NAMES:
-        renamed, count = re.subn(rf"^{pattern}$", replacement, name)
-        if count:
-            return renamed
-    return name
 
 
 def _split_in_proj(tensor: Tensor, block: str, kind: str, where: str) -> dict[str, Tensor]:

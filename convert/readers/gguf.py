@@ -118,9 +118,9 @@ class GgufFile:
 
 def _dequantise(data: np.ndarray, place: _Place) -> np.ndarray:
     """The values of blocks, a few million at a time."""
+    import gguf
     from gguf import quants
 
-    gguf = _package(place.file)
     kind = gguf.GGMLQuantizationType(place.kind)
     values, nbytes = gguf.GGML_QUANT_SIZES[kind]
     blocks = data.reshape(-1, nbytes)
@@ -249,7 +249,7 @@ class _Header:
             shape = self._original_shape(name, shape)
             if not is_possible(shape, 8 * dtype.itemsize):
                 raise damaged(self.path, f"the shape {short(shape)} of {short(name)} is too large for any array")
-            places.append(_Place(name, shape, dtype, self.path, stored, begin=begin, nbytes=nbytes, kind=kind))
+            places.append(_Place(name, shape, dtype, stored, begin=begin, nbytes=nbytes, kind=kind))
         places.sort(key=lambda place: (place.begin, place.nbytes))
         for before, after in itertools.pairwise(places):
             if before.begin + before.nbytes > after.begin:

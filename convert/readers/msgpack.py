@@ -91,7 +91,7 @@ class MsgpackFile:
             pieces = {n.removeprefix("params/"): piece for n, piece in pieces.items() if n.startswith("params/")}
         self._pieces = pieces
         self.tensors: Mapping[str, TensorInfo] = MappingProxyType(
-            {name: TensorInfo(name, shape, parts[0].dtype, path) for name, (shape, parts) in pieces.items()}
+            {name: TensorInfo(name, shape, parts[0].dtype) for name, (shape, parts) in pieces.items()}
         )
 
     def read(self, name: str) -> np.ndarray:

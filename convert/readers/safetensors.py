@@ -178,7 +178,7 @@ def _place(path: Path, name: str, entry: object) -> _Place:
             f" {dtype_name} of shape {short(shape)}, found {end - begin} bytes",
         )
     dtype, stored = (_NOTHING, dtype_name) if dtype_name in _PACKED_BITS else (DTYPES[dtype_name], None)
-    return _Place(name, tuple(shape), dtype, path, stored, begin=begin, end=end)
+    return _Place(name, tuple(shape), dtype, stored, begin=begin, end=end)
 
 
 def _check_layout(path: Path, places: list[_Place], available: int) -> None:

@@ -28,14 +28,12 @@ class TensorInfo:
         name: Its key in the file.
         shape: Its dimensions; () for a scalar.
         dtype: The numpy or ml_dtypes dtype that reading it yields.
-        file: The file that holds it.
         stored: How it is stored, where that is not its dtype: "Q4_0", "float8_e4m3fn with scale".
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: np.dtype
-    file: Path
     stored: str | None = None
 
 

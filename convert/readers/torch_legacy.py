@@ -64,7 +64,7 @@ class TorchLegacyFile:
         keys = load_pickle(pickles, path).value
         self._storages = _find_storages(content, pickles.tell(), keys, loaded.storages, path)
         self.tensors: Mapping[str, TensorInfo] = MappingProxyType(
-            {name: TensorInfo(name, tensor.shape, tensor.dtype, path) for name, tensor in self._strided.items()}
+            {name: TensorInfo(name, tensor.shape, tensor.dtype) for name, tensor in self._strided.items()}
         )
 
     def read(self, name: str) -> np.ndarray:

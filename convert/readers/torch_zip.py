@@ -70,7 +70,7 @@ class TorchZipFile:
         for tensor in self._strided.values():
             self._storage(tensor)
         self.tensors: Mapping[str, TensorInfo] = MappingProxyType(
-            {name: TensorInfo(name, tensor.shape, tensor.dtype, path) for name, tensor in self._strided.items()}
+            {name: TensorInfo(name, tensor.shape, tensor.dtype) for name, tensor in self._strided.items()}
         )
 
     def read(self, name: str) -> np.ndarray:

@@ -196,6 +196,8 @@ def test_bad_calls_are_refused(clip, t5):
     for ids in (IDS, IDS.tolist()):
         with pytest.raises(ClipJaxError, match="Expected ids from 0 to 9999, .* found [0-9]+ to 49407"):
             t5(ids)
+    with pytest.raises(ClipJaxError, match=r"Expected arrays \[B, L\], found rows of several lengths"):
+        clip([[1, 2], [3]])
     for model, ids in ((clip, IDS), (t5, T5_IDS)):
         with pytest.raises(ClipJaxError, match=r"shape of input_ids, \(2, 9\), found \(2, 8\)"):
             model(ids, np.ones((2, 8), int))

@@ -136,9 +136,10 @@ def test_a_newer_format_is_refused(copy):
         clip_jax.load(copy)
 
 
-def test_an_unknown_family_is_refused(copy):
-    edit_metadata(copy, lambda m: m.update(family="sd99"))
-    with pytest.raises(CheckpointError, match="family 'sd99', unknown to this clip_jax"):
+@pytest.mark.parametrize("family", ["sd99", ["sd15"]])
+def test_an_unknown_family_is_refused(copy, family):
+    edit_metadata(copy, lambda m: m.update(family=family))
+    with pytest.raises(CheckpointError, match=rf"family {re.escape(repr(family))}, unknown to this clip_jax"):
         clip_jax.load(copy)
 
 

@@ -73,6 +73,17 @@ def test_what_a_link_leads_to_is_replaced_and_not_the_link(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["link", "target"]
 
 
+def test_from_a_folder_that_is_gone(tmp_path, monkeypatch):
+    make_checkpoint(tmp_path / "out")
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    write(tmp_path / "out", overwrite=True)
+    assert (tmp_path / "out" / "_CHECKPOINT_METADATA").read_text() == "new"
+    with pytest.raises(CheckpointError, match="^out cannot be written: No such file or directory"):
+        path_of("out")
+
+
 def test_where_the_process_runs_is_never_overwritten(tmp_path, monkeypatch):
     make_checkpoint(tmp_path / "out")
     (tmp_path / "out" / "below").mkdir()

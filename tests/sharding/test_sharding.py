@@ -242,6 +242,13 @@ def test_rules_that_do_not_fit_are_refused(rules, message):
         param_shardings({"clip_l": CLIP}, MESH, rules)
 
 
+def test_rules_may_be_an_iterator(sources):
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("data", "tensor"))
+    rules = iter([("batch", "data"), ("embed", "tensor")])
+    loaded = clip_jax.load(sources / "sd15", family="sd15", mesh=mesh, rules=rules)
+    assert loaded.batch_sharding.spec[0] == "data"
+
+
 def test_a_mesh_of_other_names_wants_rules():
     with pytest.raises(clip_jax.ClipJaxError, match=r"Expected a mesh with an axis data, fsdp or tensor; .* x\. Pass"):
         param_shardings({"clip_l": CLIP}, AbstractMesh((2,), ("x",)))

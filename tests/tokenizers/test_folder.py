@@ -1,5 +1,6 @@
 import functools
 import json
+import re
 
 import pytest
 
@@ -316,6 +317,35 @@ def test_merges_of_another_vocabulary(tmp_path):
     (write(tmp_path) / "merges.txt").write_text("#version: 0.2\n☃ ☃\n", encoding="utf-8")
     with pytest.raises(CheckpointError, match=r"vocabulary and the merges of .* do not belong together: .*☃"):
         ClipTokenizer.from_folder(tmp_path)
+
+
+def tokenizer_json(**model):
+    vocab, _ = packaged_vocabulary()
+    return {"model": {"type": "BPE", "vocab": vocab, "merges": [], "end_of_word_suffix": "</w>", **model}}
+
+
+DAMAGED = {
+    "a list of declared tokens": {"tokenizer_config": {"added_tokens_decoder": [1]}},
+    "an id that is no number": {"tokenizer_config": {"added_tokens_decoder": {"x": token("<toy>")}}},
+    "a flag that is none": {"tokenizer_config": {"added_tokens_decoder": {"49408": token("<toy>") | {"lstrip": "x"}}}},
+    "a number of further tokens": {"tokenizer_config": {"extra_special_tokens": 5}},
+    "an added token without an id": {"tokenizer": {**tokenizer_json(), "added_tokens": [{"content": "<toy>"}]}},
+    "an added token that is text": {"tokenizer": {**tokenizer_json(), "added_tokens": ["<toy>"]}},
+    "an added token of nothing": {"added_tokens": {"": 49408}},
+    "a model that is a list": {"tokenizer": {"model": [1]}},
+    "no vocabulary": {"tokenizer": tokenizer_json(vocab=None)},
+    "a vocabulary that is a list": {"tokenizer": tokenizer_json(vocab=["a</w>"])},
+    "ids that are text": {"tokenizer": tokenizer_json(vocab={"a</w>": "7"})},
+    "an id beyond int32": {"tokenizer": tokenizer_json(vocab={**packaged_vocabulary()[0], "cat</w>": 2**31})},
+    "no merges": {"tokenizer": tokenizer_json(merges=None)},
+    "merges of numbers": {"tokenizer": tokenizer_json(merges=[5])},
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_damaged_folder_is_a_checkpoint_error(tmp_path, name):
+    with pytest.raises(CheckpointError, match=re.escape(str(tmp_path))):
+        ClipTokenizer.from_folder(write(tmp_path, **DAMAGED[name]))
 
 
 def test_merges_of_another_form(tmp_path):

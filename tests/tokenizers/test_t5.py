@@ -2,6 +2,7 @@
 
 import base64
 import json
+import re
 import sys
 import types
 import zlib
@@ -232,6 +233,21 @@ def test_a_damaged_vocabulary_is_an_error(tmp_path):
     write_folder(tmp_path, model={"type": "Unigram", "unk_id": 99, "vocab": [["<pad>", 0.0]]})
     with pytest.raises(CheckpointError, match=r"tokenizer\.json cannot be read \(.*\); fetch the file again"):
         T5Tokenizer.from_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("config", "changes"),
+    [
+        ({"pad_token": 5}, {}),
+        ({"pad_token": ["x"]}, {}),
+        (None, {"normalizer": [1]}),
+        (None, {"normalizer": {"normalizers": ["a"]}}),
+        (None, {"normalizer": {"normalizers": None}}),
+    ],
+)
+def test_other_damage_is_an_error_too(tmp_path, config, changes):
+    with pytest.raises(CheckpointError, match=re.escape(str(tmp_path))):
+        T5Tokenizer.from_folder(write_folder(tmp_path, config, **changes))
 
 
 @pytest.mark.parametrize("package", ["transformers", "sentencepiece", "google.protobuf"])
