@@ -498,6 +498,7 @@ def test_rows_of_zeros_of_another_length_are_others(tmp_path):
         assert encoder("a cat", max_sequence_length=length).prompt_embeds.shape[-2] == 77 + length
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loaded", ["sdxl"], indirect=True)
 def test_pooled_rows_may_be_donated_too(cached):
     encoder, _ = cached
@@ -525,6 +526,7 @@ def test_a_call_is_known_by_all_that_it_is_given(cached, monkeypatch):
         assert len(asked) == before + 1, change
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loaded", ["sdxl"], indirect=True)
 def test_a_call_under_another_setting_is_another(cached):
     encoder, computed = cached
@@ -534,6 +536,7 @@ def test_a_call_under_another_setting_is_another(cached):
     assert len(computed) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loaded", ["sdxl"], indirect=True)
 def test_ids_of_one_tower_may_be_traced(cached, uncached):
     encoder, _ = cached
@@ -545,6 +548,7 @@ def test_ids_of_one_tower_may_be_traced(cached, uncached):
     same(jax.jit(run)(jnp.asarray(ids["clip_l"])), uncached("a cat", guidance=False), atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loaded", ["sdxl"], indirect=True)
 def test_each_side_keeps_its_layers_where_both_lack_as_many_rows(cached, uncached):
     encoder, computed = cached
@@ -554,6 +558,7 @@ def test_each_side_keeps_its_layers_where_both_lack_as_many_rows(cached, uncache
     same(found, ask(uncached, ["a", "e"], negative_prompt=["c", "f"], clip_skip=1), atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loaded", ["sdxl"], indirect=True)
 def test_every_id_of_a_row_counts(cached):
     encoder, computed = cached

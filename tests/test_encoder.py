@@ -252,6 +252,7 @@ def test_ids_of_negatives_without_a_row_in_the_embedding_are_refused(encoder, wr
         encoder.encode(tokens)
 
 
+@pytest.mark.slow
 def test_a_pooled_row_that_overflows_float16_is_an_error(tmp_path):
     half = clip_jax.load(write_family(tmp_path, clip_jax.FAMILIES["sdxl"]), family="sdxl", dtype="float16")
     params = jax.tree.map(lambda x: x, half.params)

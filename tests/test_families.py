@@ -589,6 +589,7 @@ def test_ids_of_every_length_are_cut_to_it(end):
     assert [without_tails(ids, family).cond["clip_l"].shape[1] for ids in made] == [8, 16, 20]
 
 
+@pytest.mark.slow
 def test_flux_runs_clip_to_the_end_of_the_longest_text(encoders):
     encoder, long, few = encoders["flux"], " ".join(["cat"] * 20), {"prompt_2": "x", "max_sequence_length": 16}
     both = encoder("a", long, negative_prompt_2="x", guidance=True, **few)

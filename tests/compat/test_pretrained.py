@@ -164,6 +164,7 @@ def test_the_text_half_of_a_whole_clip_is_called_with_a_mask(tmp_path):
     np.testing.assert_array_equal(outputs[0].last_hidden_state, outputs[1].last_hidden_state)
 
 
+@pytest.mark.slow
 def test_the_callable_t5_heeds_its_mask_and_casts(pipeline, t5):
     encoder = clip_jax.compat.T5TextEncoder.from_pretrained(str(pipeline), "bfloat16", subfolder="text_encoder_3")
     mask = (np.arange(IDS.shape[1]) < 6)[None].repeat(2, 0)

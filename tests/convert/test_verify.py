@@ -198,14 +198,14 @@ def test_a_fault_far_below_the_rounding_fails(tmp_path):
 
 def test_a_wrong_table_of_openclip_names_fails(tmp_path, monkeypatch):
     """The source is run under its own names, not under those that the table makes of them."""
-    path, rename = write_open_clip(tmp_path / "g", model("clip_g")), open_clip_layout._rename
+    path, rename = write_open_clip(tmp_path / "g", model("clip_g")), open_clip_layout.renamed
     exchange = str.maketrans("12", "21")
 
-    def exchanged(name):
-        head, norm, tail = rename(name).partition("layer_norm")
+    def exchanged(name, table):
+        head, norm, tail = rename(name, table).partition("layer_norm")
         return head + norm + tail.translate(exchange)
 
-    monkeypatch.setattr(open_clip_layout, "_rename", exchanged)
+    monkeypatch.setattr(open_clip_layout, "renamed", exchanged)
     checkpoint = open_refiner(path)
     with pytest.raises(CheckpointError, match="does not compute"):
         verify(checkpoint, "clip_g", params_of(checkpoint, None)["clip_g"])
