@@ -43,22 +43,18 @@ def pooled_rows(
         [N, P], on the default device.
 
     Raises:
-        ClipJaxError: More tokens than positions, or arrays of another shape than that of the ids.
+        ClipJaxError: More tokens than positions.
     """
-    ids, *others = (None if array is None else np.asarray(array, np.int32) for array in arrays)
-    assert ids is not None
+    ids = np.asarray(arrays[0], np.int32)
+    rows = [None if array is None else np.broadcast_to(np.asarray(array, np.int32), ids.shape) for array in arrays]
+    mask = rows[1]
     longest = config.max_position_embeddings
     if ids.shape[1] > longest:
         raise ClipJaxError(f"input_ids has {ids.shape[1]} tokens per row, the model has {longest} positions.")
-    for array in others:
-        if array is not None and array.shape not in (ids.shape, (1, ids.shape[1])):
-            raise ClipJaxError(f"Expected arrays of the shape of input_ids, {ids.shape}, found {array.shape}.")
-    mask = others[0]
-    rows = [ids, *(None if array is None else np.broadcast_to(array, ids.shape) for array in others)]
     sizes = end_of_text(ids, config.eos_token_id) + 1
     order = np.argsort(-sizes, kind="stable")  # the longest first: if memory runs out, it does so at once
     lengths = [min(bucket_of(int(size), LENGTHS), longest) for size in sizes[order]]
-    if mask is not None and _hides_an_end(np.broadcast_to(mask, ids.shape), sizes):
+    if mask is not None and _hides_an_end(mask, sizes):
         lengths = [ids.shape[1]] * len(ids)
     batches = list(_batches(lengths, batch_size))
     outputs = []
