@@ -164,7 +164,16 @@ def call_key(prompts: Sequence[object], *options: Hashable) -> Hashable | None:
 
 def _settings() -> tuple[Hashable, ...]:
     """Those of JAX that decide what is computed, and where."""
-    return jax.config.jax_default_matmul_precision, jax.config.jax_default_device, jax.sharding.get_abstract_mesh()
+    config, mesh = jax.config, jax.sharding.get_abstract_mesh()
+    return config.jax_default_matmul_precision, config.jax_default_device, mesh, _concrete_mesh()
+
+
+def _concrete_mesh() -> jax.sharding.Mesh | None:
+    """That of `jax.set_mesh`: two of the same axes may be of other devices."""
+    try:
+        return jax.sharding.get_mesh()
+    except ValueError:  # within a `jit`, where nothing is kept
+        return None
 
 
 def on_host(tokens: Tokens) -> bool:

@@ -216,6 +216,7 @@ def _embed(arguments: argparse.Namespace) -> None:
     if arguments.out is not None:
         _check_out(arguments.out, arguments.overwrite)
     prompts = _prompts(arguments)
+    _check_devices()
     from clip_jax.compilation import enable_compilation_cache
     from clip_jax.loading import load
 
@@ -254,6 +255,19 @@ def _embed(arguments: argparse.Namespace) -> None:
     print(f"tokenise {tokenise * 1e3:.1f} ms, compile {max(first - run, 0):.2f} s, run {run * 1e3:.1f} ms")
     if arguments.out is not None:
         _write(arguments.out, out)
+
+
+def _check_devices() -> None:
+    """Refuses to go on where JAX cannot start: what it would raise later says nothing of the reason."""
+    import jax
+
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:
+        platforms = jax.config.jax_platforms
+        raise ClipJaxError(
+            f"JAX has none of the devices that JAX_PLATFORMS={platforms!r} asks for. Unset it, or install JAX for them."
+        ) from error
 
 
 def _print_rows(out: TextEmbeddings, prompts: list[str], negative: str) -> None:

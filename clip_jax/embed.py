@@ -19,6 +19,7 @@ from clip_jax.config import ClipTextConfig
 from clip_jax.errors import ClipJaxError
 from clip_jax.families import Family, Tower, TowerOutput
 from clip_jax.models import Attention, ClipTextModel, T5Encoder, check_attention, intercepted, model_of
+from clip_jax.params.shapes import check_params
 from clip_jax.structs import TextEmbeddings, Tokens
 
 #: A nested dict of arrays, or of `qwix.QArray`s where they are quantised.
@@ -88,14 +89,16 @@ def text_embeddings(
         ClipJaxError: Params, ids or `clip_skip` do not fit the family, there is no cuDNN, or interceptors are in
             force; raised while tracing.
     """
-    _check_towers(family, params, "params")
+    if not isinstance(family, Family):
+        raise ClipJaxError(f"Expected a family, such as that of an encoder or of clip_jax.FAMILIES, found {family!r}.")
+    _check_params(family, params)
     check_tokens(family, tokens)
     ids = [side for side in (tokens.uncond, tokens.cond) if side is not None]
     if compute_dtype is None:
         compute_dtype = jnp.result_type(*(_embedding_dtype(tower, params[tower.name]) for tower in family.towers))
     dtype = dtype or compute_dtype
     for wanted in (dtype, compute_dtype):
-        if not jnp.issubdtype(wanted, jnp.floating):
+        if not _is_floating(wanted):
             raise ClipJaxError(f"dtype and compute_dtype must be floating point, found {wanted!r}.")
     check_attention(attention, compute_dtype)
 
@@ -179,6 +182,8 @@ def check_tokens(family: Family, tokens: Tokens) -> None:
     Raises:
         ClipJaxError: Ids of other towers, of other shapes, or (on the host) ids that an embedding has no row for.
     """
+    if not isinstance(tokens, Tokens):
+        raise ClipJaxError(f"Expected Tokens, as of TextEncoder.tokenize, found {type(tokens).__name__}.")
     sides = {"cond": tokens.cond} if tokens.uncond is None else {"uncond": tokens.uncond, "cond": tokens.cond}
     for name, side in sides.items():
         _check_towers(family, side, f"tokens.{name}")
@@ -187,9 +192,11 @@ def check_tokens(family: Family, tokens: Tokens) -> None:
     for tower in family.towers:
         rows = [side[tower.name] for side in sides.values()]
         for row in rows:
-            if not hasattr(row, "dtype") or not jnp.issubdtype(row.dtype, jnp.integer):
+            if not isinstance(row, np.ndarray | jax.Array) or not jnp.issubdtype(row.dtype, jnp.integer):
                 found = getattr(row, "dtype", type(row).__name__)
-                raise ClipJaxError(f"Expected token ids of {tower.name} as arrays of integers, found {found}.")
+                raise ClipJaxError(
+                    f"Expected token ids of {tower.name} as arrays of integers of NumPy or JAX, found {found}."
+                )
         if any(row.shape != rows[0].shape or row.ndim != 2 for row in rows):
             raise ClipJaxError(
                 f"Expected token ids [B, L] of one shape for the prompts and the negative prompts of "
@@ -197,6 +204,9 @@ def check_tokens(family: Family, tokens: Tokens) -> None:
             )
         for row in rows:
             _check_range(row, tower)
+    joined = {t.name: tokens.cond[t.name].shape[1] for t in family.towers if _is_clip(t) and not t.pooled_only}
+    if len(set(joined.values())) > 1:
+        raise ClipJaxError(f"Expected as many token ids in a row of each CLIP tower, found {joined}.")
     if len(batches := {rows.shape[0] for rows in tokens.cond.values()}) > 1:
         raise ClipJaxError(f"Expected one batch of token ids in all towers, found the sizes {sorted(batches)}.")
     if any(0 in rows.shape for rows in tokens.cond.values()):
@@ -223,7 +233,7 @@ def layers_taken(family: Family, tower: Tower, *skips: int | None) -> list[int]:
     """
     layers = []
     for name, skip in zip(("clip_skip_negative", "clip_skip"), skips, strict=True):
-        if skip is not None and all(t.pooled_only or not isinstance(t.config, ClipTextConfig) for t in family.towers):
+        if skip is not None and all(t.pooled_only or not _is_clip(t) for t in family.towers):
             raise ClipJaxError(f"{family.name} takes no {name}: it uses no hidden state of CLIP. Leave it out.")
         if skip is None or not isinstance(tower.config, ClipTextConfig):
             layers.append(tower.layer)
@@ -262,8 +272,28 @@ def _embedding_dtype(tower: Tower, params: Params) -> jnp.dtype:
     return nn.meta.unbox(table["embedding"]).dtype
 
 
+def _is_clip(tower: Tower) -> bool:
+    return isinstance(tower.config, ClipTextConfig)
+
+
+def _is_floating(dtype: jax.typing.DTypeLike) -> bool:
+    try:
+        return bool(jnp.issubdtype(dtype, jnp.floating))
+    except TypeError:  # a name that is none
+        return False
+
+
+def _check_params(family: Family, params: Params) -> None:
+    """Refuses params of other towers, or shapes; interceptors may want others than ours in their place."""
+    _check_towers(family, params, "params")
+    for tower in family.towers if not intercepted() else ():
+        check_params(tower.config, params[tower.name], f"params[{tower.name!r}]")
+
+
 def _check_towers(family: Family, found: Mapping[str, Any], what: str) -> None:
     expected = [tower.name for tower in family.towers]
+    if not isinstance(found, Mapping):
+        raise ClipJaxError(f"Expected {what} as a dict, of {', '.join(expected)}, found {type(found).__name__}.")
     if sorted(found) != sorted(expected):
         raise ClipJaxError(
             f"Family {family.name!r} has the towers {', '.join(expected)}; {what} has {', '.join(found) or 'none'}."

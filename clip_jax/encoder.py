@@ -143,8 +143,7 @@ class TextEncoder:
                 goes by `negative_prompt`, as in diffusers.
             negative_prompt_3: As `prompt_3`, for `negative_prompt`.
             guidance: Whether the unconditional rows come first; None means the family's default.
-            clip_skip: Layers to leave out at the end, for the prompts (diffusers' meaning: 1 is one layer
-                before the one that the family takes).
+            clip_skip: Layers to leave out at the end, for the prompts; 1 is one before the family's, as in diffusers.
             clip_skip_negative: The same for the negatives, which diffusers never skips.
             max_sequence_length: L of T5, at most 512; None means the family's default.
             overflow: What to do with a prompt that does not fit: "error", or "truncate", which warns with the
@@ -224,8 +223,7 @@ class TextEncoder:
         the same. Ids on a device are not looked up in the cache, nor is any row where a mesh holds the params.
 
         Raises:
-            ClipJaxError: Ids that the family does not take (`check_tokens`), no such layer to skip to, or float16
-                overflowed.
+            ClipJaxError: Ids that the family does not take, no such layer to skip to, or float16 overflowed.
         """
         check_tokens(self.family, tokens)
         for tower in self.family.towers:  # also where nothing is to be computed
@@ -252,8 +250,9 @@ class TextEncoder:
         """Compiles, and runs once, the programs that calls with so many prompts need; the first of them is fast then.
 
         With guidance and a cache these are one for new prompts with new negatives, one for prompts whose negatives are
-        known, and for several prompts one for a negative that all have; of FLUX each for all lengths of CLIP-L's ids.
-        Where a few of several prompts are known, the others make a smaller batch: give its size as well.
+        known, and for several prompts one for a negative that all have (on a mesh the first alone); of FLUX each for
+        all lengths of CLIP-L's ids. Where a few of several prompts are known, the others make a smaller batch: give its
+        size as well.
         They are kept on disk where a compilation cache is on (`clip_jax.enable_compilation_cache`), but frozen ones.
 
         Frozen programs have the kernels in them, packed for products by oneDNN: faster on a CPU. Each keeps the kernels
@@ -275,16 +274,17 @@ class TextEncoder:
         if freeze and intercepted():
             raise ClipJaxError("freeze is not for nn.intercept_methods: change the params instead, and freeze those.")
         params, dtype, skips = self.params, self.dtype, (clip_skip_negative, clip_skip)
+        by_rows = self.cache is not None and self.batch_sharding is None  # as in `encode`
         for size in checked_sizes(batch_sizes):
             tokens = self.tokenize(
                 [""] * size, negative_prompt, guidance=guidance, max_sequence_length=max_sequence_length
             )
-            for part, part_skips in [(tokens, skips)] if self.cache is None else parts(tokens, skips):
+            for part, part_skips in parts(tokens, skips) if by_rows else [(tokens, skips)]:
                 if freeze:
                     self._freeze(params, dtype, part, part_skips)
                 for ids in of_every_length(part, self.family) if not (self._exported or freeze) else [part]:
                     out = jax.block_until_ready(self._run(params, dtype, ids, part_skips))
-                if self.cache is not None and self.batch_sharding is None:
+                if by_rows:
                     prepare(out, zeros=tokens.zero_uncond)
 
     def _freeze(self, params: Params, dtype: np.dtype, tokens: Tokens, skips: Skips) -> None:
@@ -373,7 +373,7 @@ class TextEncoder:
 
         Raises:
             CheckpointError: The folder exists.
-            ClipJaxError: Options that the family does not take, a platform that JAX does not know, or params on a mesh.
+            ClipJaxError: Options that the family does not take, an unknown platform, interceptors, or params on a mesh.
         """
         if self.batch_sharding is not None and is_on(self.params, self.batch_sharding.mesh):
             raise ClipJaxError("Params on a mesh are not exported: programs would be made for it. Load without mesh=.")

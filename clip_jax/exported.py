@@ -36,6 +36,14 @@ class ExportedTextEncoder(TextEncoder):
 
     _exported = True
 
+    def _freeze(self, params: Params, dtype: np.dtype, tokens: Tokens, skips: Skips) -> None:
+        if kept := {leaf.dtype.name for leaf in jax.tree.leaves(params)} - {dtype.name}:  # kernels would be cast
+            raise ClipJaxError(
+                f"Exported programs are frozen where params have the dtype of the computation, {dtype.name}; found "
+                f"{', '.join(sorted(kept))}. Leave it out, or load the folder with `clip_jax.load`."
+            )
+        super()._freeze(params, dtype, tokens, skips)
+
     def _compute(self, params: Params, dtype: np.dtype, tokens: Tokens, skips: Skips) -> TextEmbeddings:
         if intercepted():
             raise ClipJaxError(

@@ -22,6 +22,7 @@ from jax import export
 from clip_jax.embed import Params, Skips, layers_taken, text_embeddings
 from clip_jax.errors import CheckpointError, ClipJaxError
 from clip_jax.families import Family
+from clip_jax.models import intercepted
 from clip_jax.structs import TextEmbeddings, Tokens
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -58,7 +59,7 @@ class Programs:
         """Encodes ids; zeros for negatives are put before the rows of the prompts.
 
         Raises:
-            ClipJaxError: Ids of another length than exported for.
+            ClipJaxError: Ids of another length than exported for, or other params.
         """
         found = {tower: ids.shape[1] for tower, ids in tokens.cond.items()}
         if found != self.lengths:
@@ -68,13 +69,18 @@ class Programs:
             )
         both, alone = self._compiled
         leaves = jax.tree.leaves(params)
-        if tokens.uncond is not None:
-            arrays = both(leaves, tokens.cond, tokens.uncond)
-        else:
-            arrays = alone(leaves, tokens.cond)
-            if tokens.zero_uncond:
-                rows = arrays.keys() - {"text_ids"}
-                arrays |= {name: _after_zeros(arrays[name]) for name in rows}
+        try:
+            arrays = alone(leaves, tokens.cond) if tokens.uncond is None else both(leaves, tokens.cond, tokens.uncond)
+        except ValueError as error:
+            wanted = [(aval.shape, aval.dtype) for aval in self.both.in_avals[: len(leaves)]]
+            if [(leaf.shape, leaf.dtype) for leaf in leaves] == wanted:
+                raise
+            raise ClipJaxError(
+                "The programs were exported for params of other shapes or dtypes. Set such, export again, or load the "
+                "folder with `clip_jax.load`."
+            ) from error
+        if tokens.zero_uncond:
+            arrays |= {name: _after_zeros(arrays[name]) for name in arrays.keys() - {"text_ids"}}
         return TextEmbeddings(**arrays, guidance=tokens.uncond is not None or tokens.zero_uncond)
 
     @functools.cached_property
@@ -110,8 +116,10 @@ def export_programs(
         platforms: Where the programs are to run.
 
     Raises:
-        ClipJaxError: A platform that JAX does not know, or layers that are not there.
+        ClipJaxError: A platform that JAX does not know, layers that are not there, or interceptors in force.
     """
+    if intercepted():
+        raise ClipJaxError("export is not for nn.intercept_methods: change the params instead, and export those.")
     platforms = (platforms,) if isinstance(platforms, str) else tuple(platforms)
     if not platforms or not set(platforms) <= set(_KNOWN):  # JAX would make something for any name
         raise ClipJaxError(f"platforms must be among {', '.join(_KNOWN)}, found {', '.join(platforms) or 'none'}.")

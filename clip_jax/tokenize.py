@@ -49,6 +49,8 @@ def tokenize(
     _check_takes(family, "", others)
     _check_takes(family, "negative_", negative_others)
     guidance = family.guidance if guidance is None else guidance
+    if isinstance(guidance, np.bool_):  # as `guidance_scale > 1` may be
+        guidance = bool(guidance)
     if not isinstance(guidance, bool):
         raise ClipJaxError(f"guidance must be True, False or None, found {guidance!r}.")
     zero_uncond = guidance and family.zero_negative and negative_prompt is None

@@ -165,8 +165,11 @@ def read_configs(given: Mapping[str, ConfigLike]) -> dict[str, TowerConfig]:
 
     Raises:
         CheckpointError: A file that cannot be read.
-        ConfigError: A config that cannot be honoured.
+        ConfigError: A config that cannot be honoured, or that is of no tower.
     """
+    if not isinstance(given, Mapping) or "model_type" in given:
+        found = "the dict of a config.json" if isinstance(given, Mapping) else type(given).__name__
+        raise ConfigError(f"Expected config to name towers, such as {{'clip_l': ...}}, found {found}.")
     read = {}
     for name, config in given.items():
         if isinstance(config, ClipTextConfig | T5EncoderConfig):

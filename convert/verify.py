@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from clip_jax.config import ClipTextConfig, T5EncoderConfig
+from clip_jax.config import ClipTextConfig, T5EncoderConfig, TowerConfig
 from clip_jax.convert.layouts.fp8 import dequantised
 from clip_jax.convert.numpy_forward import clip_forward, open_clip_forward, t5_forward
 from clip_jax.convert.state import Tensor
@@ -155,10 +155,9 @@ def _source_outputs(tower: ForeignTower, read: _Read, ids: np.ndarray) -> tuple[
     parameters = sum(math.prod(shape) for shape in param_shapes(tower.config).values())
     # OpenCLIP's weights are run under their own names, which transformers does not know.
     if parameters < _TORCH_PARAMETERS and tower.encoder.layout != "OpenCLIP":
-        try:
-            return _torch_outputs(tower, read, ids)
-        except ImportError:  # not installed, or not together
-            pass
+        model = _torch_model(tower.config)
+        if model is not None:
+            return _torch_outputs(model, tower, read, ids)
     return _numpy_outputs(tower, read, ids), "NumPy, float64"
 
 
@@ -178,11 +177,26 @@ def _numpy_outputs(tower: ForeignTower, read: _Read, ids: np.ndarray) -> _Output
     return outputs if out.text_embeds is None else {**outputs, "text_embeds": out.text_embeds}
 
 
-def _torch_outputs(tower: ForeignTower, read: _Read, ids: np.ndarray) -> tuple[_Outputs, str]:
+def _torch_model(config: TowerConfig) -> Any:
+    """The class of transformers with random weights; None where it, or torch, is not installed or does not work."""
+    fields = config.to_hf()
+    try:
+        importlib.import_module("torch")
+        kind = getattr(importlib.import_module("transformers"), fields.pop("architectures")[0])
+        return kind(kind.config_class(**fields)).eval()
+    except ImportError:  # not installed, or not together
+        return None
+    except Exception as error:  # whatever comes of libraries that are installed in part
+        warnings.warn(
+            f"transformers with torch cannot be used ({type(error).__name__}: {error}); NumPy runs the source instead.",
+            UserWarning,
+            stacklevel=2,
+        )
+        return None
+
+
+def _torch_outputs(model: Any, tower: ForeignTower, read: _Read, ids: np.ndarray) -> tuple[_Outputs, str]:
     torch, transformers = (importlib.import_module(package) for package in ("torch", "transformers"))
-    fields = tower.config.to_hf()
-    kind = getattr(transformers, fields.pop("architectures")[0])
-    model = kind(kind.config_class(**fields)).eval()
     with torch.no_grad():
         for name, parameter in model.state_dict().items():  # all that the model has, so that none stays random
             parameter.copy_(torch.from_numpy(read(_tensor(tower, name)).astype(np.float32)))

@@ -439,6 +439,15 @@ def test_the_command_fails_in_one_line(tmp_path):
     assert re.fullmatch(r"clip-jax: error: '.*nowhere' does not exist\. .*\n", done.stderr)
 
 
+@pytest.mark.parametrize("platform", ["nowhere", "rocm"])
+def test_devices_that_are_not_here_are_one_line(model, platform):
+    done = run("embed", "x", "--model", model, text=True, env={**os.environ, "JAX_PLATFORMS": platform})
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch(
+        rf"clip-jax: error: JAX has none of the devices that JAX_PLATFORMS='{platform}' .*\n", done.stderr
+    )
+
+
 def test_what_the_terminal_cannot_show_is_escaped():
     done = run("tokenize", "Ō", env={"PYTHONIOENCODING": "latin-1"})
     assert done.returncode == 0

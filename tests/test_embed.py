@@ -8,6 +8,7 @@ import pytest
 
 import clip_jax
 from clip_jax import ClipJaxError, ClipTextModel, Tokens, text_embeddings
+from clip_jax.params.shapes import flatten, unflatten
 from clip_jax.structs import TextEmbeddings
 
 TOWER = "clip_l"
@@ -172,6 +173,71 @@ def test_params_of_another_family_are_refused(encoder, tokens):
         text_embeddings(encoder.params, tokens, family=sd21)
     with pytest.raises(ClipJaxError, match="tokens.uncond has none"):
         embed(encoder, Tokens(cond=tokens.cond, uncond={}))
+
+
+def test_params_that_do_not_fit_are_refused(encoder, tokens):
+    def changed(path, change):
+        leaves = flatten(encoder.params[TOWER])
+        return {TOWER: unflatten({**leaves, path: change(leaves.pop(path))})}
+
+    table, bias = "text_model/embeddings/token_embedding/embedding", "text_model/encoder/layers/2/mlp/fc1/bias"
+    longer = changed(table, lambda leaf: jnp.concatenate([leaf, leaf[:1]]))
+    message = rf"params\['clip_l'\] does not match its architecture. wrong shape \(1\): {table} has shape"
+    with pytest.raises(ClipJaxError, match=message):
+        text_embeddings(longer, tokens, family=encoder.family)
+    whole = flatten(encoder.params[TOWER])
+    for left in ({}, unflatten({path: leaf for path, leaf in whole.items() if path != bias})):
+        with pytest.raises(ClipJaxError, match=r"params\['clip_l'\] does not match its architecture. missing"):
+            text_embeddings({TOWER: left}, tokens, family=encoder.family)
+    beside = {TOWER: {**encoder.params[TOWER], "lora": jnp.ones(3)}}
+    found = text_embeddings(beside, tokens, family=encoder.family).prompt_embeds
+    np.testing.assert_array_equal(found, embed(encoder, tokens).prompt_embeds)
+
+
+def test_interceptors_may_put_other_params_in_the_place_of_ours(encoder, tokens):
+    name, fc1 = "fc1", flatten(encoder.params[TOWER])["text_model/encoder/layers/2/mlp/fc1/kernel"]
+    leaves = {**flatten(encoder.params[TOWER]), "text_model/encoder/layers/2/mlp/fc1/kernel": 2 * fc1[None]}
+
+    def first(call, args, kwargs, context):
+        if context.module.path[-4:] != ("layers", "2", "mlp", name) or context.method_name != "__call__":
+            return call(*args, **kwargs)
+        params = context.module.variables["params"]
+        return args[0] @ params["kernel"][0] + params["bias"]
+
+    with nn.intercept_methods(first):
+        mine = clip_jax.TextEncoder(encoder.family, {TOWER: unflatten(leaves)}, encoder.tokenizers)
+        found = mine.encode(tokens).prompt_embeds
+    leaves["text_model/encoder/layers/2/mlp/fc1/kernel"] = 2 * fc1
+    wanted = text_embeddings({TOWER: unflatten(leaves)}, tokens, family=encoder.family).prompt_embeds
+    np.testing.assert_allclose(found, wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda family, tokens: {"family": "sd15", "tokens": tokens}, "Expected a family, such as .*, found 'sd15'"),
+        (lambda family, tokens: {"family": family, "tokens": tokens.cond}, "Expected Tokens, .* found dict"),
+        (
+            lambda family, tokens: {"family": family, "tokens": Tokens(cond=tokens.cond[TOWER])},
+            "Expected tokens.cond as a dict, of clip_l, found ",
+        ),
+        (
+            lambda family, tokens: {"family": family, "tokens": tokens, "dtype": "bf16"},
+            "must be floating point, found 'bf16'",
+        ),
+    ],
+)
+def test_other_arguments_are_refused(encoder, tokens, change, message):
+    with pytest.raises(ClipJaxError, match=message):
+        text_embeddings(encoder.params, **change(encoder.family, tokens))
+
+
+@pytest.mark.parametrize("wrong", ["a cat", np.zeros((1, 77), np.int32)])
+def test_what_is_no_tokens_is_refused(encoder, wrong):
+    with pytest.raises(
+        ClipJaxError, match=f"Expected Tokens, as of TextEncoder.tokenize, found {type(wrong).__name__}"
+    ):
+        encoder.encode(wrong)
 
 
 def test_ids_of_different_shapes_are_refused(encoder, tokens):

@@ -7,7 +7,9 @@ import pytest
 
 import clip_jax
 from clip_jax import ClipJaxError, PromptTooLongError, TextEncoder
-from clip_jax.convert import export
+from clip_jax.compat import FlaxCLIPTextModel
+from clip_jax.convert import convert, export
+from clip_jax.params.shapes import param_shapes
 from tests.checkpoints import write_family
 
 LONG = " ".join(["cat"] * 80)
@@ -235,6 +237,19 @@ def test_it_runs_where_jax_is_told_to_be_strict(tmp_path, name, options):
         _ = out.cond, out.uncond, clip_jax.time_ids((8, 8)), clip_jax.refiner_time_ids((8, 8))
         encoder.params = jax.tree.map(jax.device_get, encoder.params)
     assert np.isfinite(out.prompt_embeds).all()
+
+
+@pytest.mark.parametrize("quantize", [None, pytest.param("int8", marks=pytest.mark.slow), "int4"])
+def test_files_are_read_and_written_under_a_transfer_guard(tiny_sd15, tmp_path, quantize):
+    param_shapes.cache_clear()
+    with jax.transfer_guard("disallow"):
+        encoder = clip_jax.load(tiny_sd15, family="sd15", quantize=quantize)
+        encoder.save(tmp_path / "saved")
+        convert(tiny_sd15, tmp_path / "converted", family="sd15", quantize=quantize, verify=quantize is None)
+        for folder in ("saved", "converted"):
+            again = clip_jax.load(tmp_path / folder)
+            assert jax.tree.structure(again.params) == jax.tree.structure(encoder.params)
+        FlaxCLIPTextModel.from_pretrained(tiny_sd15, subfolder="text_encoder")
 
 
 def test_float16_within_a_jit(tiny_sd15):

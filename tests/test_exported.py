@@ -232,3 +232,21 @@ def test_its_cache_and_where_its_weights_are_from(pair, exported):
     assert exported.cache is None
     assert clip_jax.load_exported(pair[1], cache_bytes=1000).cache.max_bytes == 1000
     assert exported.provenance["format"] == pair[0].provenance["format"]
+
+
+@of_one_family
+def test_other_params_are_refused(pair):
+    exported = clip_jax.load_exported(pair[1])
+    exported.params = jax.tree.map(lambda leaf: leaf.astype("bfloat16"), exported.params)
+    with pytest.raises(ClipJaxError, match="exported for params of other shapes or dtypes. Set such, export again"):
+        exported("a cat")
+
+
+@of_one_family
+def test_interceptors_are_not_exported(pair, tmp_path):
+    with (
+        nn.intercept_methods(lambda call, args, kwargs, _: call(*args, **kwargs)),
+        pytest.raises(ClipJaxError, match="export is not for nn.intercept_methods: change the params instead"),
+    ):
+        pair[0].export(tmp_path / "out")
+    assert not any(tmp_path.iterdir())

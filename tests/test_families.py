@@ -528,6 +528,29 @@ def test_time_ids():
     assert ids.tolist() == [[1024, 768, 0, 16, 512, 640]] * 4
 
 
+def test_rows_of_towers_that_are_joined_have_one_length(encoders):
+    encoder = encoders["sdxl"]
+    ids = {name: np.zeros((1, length), np.int32) for name, length in (("clip_l", 10), ("clip_g", 12))}
+    with pytest.raises(ClipJaxError, match=r"as many token ids .* found \{'clip_l': 10, 'clip_g': 12\}"):
+        encoder.encode(clip_jax.Tokens(cond=ids))
+
+
+def test_guidance_may_be_what_numpy_compares_to(encoders):
+    for scale in (7.5, 0.0):
+        wanted = encoders["sd15"].tokenize("a cat", guidance=scale > 1)
+        found = encoders["sd15"].tokenize("a cat", guidance=np.float32(scale) > 1)
+        jax.tree.map(np.testing.assert_array_equal, found, wanted)
+
+
+def test_sizes_are_pairs():
+    for wrong in ({"original_size": (8, 8, 3)}, {"crops_coords_top_left": (0,)}):
+        for function in (clip_jax.time_ids, clip_jax.refiner_time_ids):
+            with pytest.raises(ClipJaxError, match="are pairs, height and width or top and left; found"):
+                function(**wrong)
+    with pytest.raises(ClipJaxError, match=r"are pairs, .*found \(8, 8, 3\)"):
+        clip_jax.time_ids(target_size=(8, 8, 3))
+
+
 def test_time_ids_of_the_refiner():
     ids = clip_jax.refiner_time_ids((1024, 768), (0, 16), 7.5, 1.5, rows=4, dtype=jnp.bfloat16)
     assert ids.dtype == jnp.bfloat16

@@ -227,6 +227,16 @@ def test_an_exported_encoder_is_frozen_too(encoder, tmp_path):
     same(exported("a cat", negative_prompt="blurry"), encoder("a cat", negative_prompt="blurry"), atol=1e-5)
 
 
+def test_an_exported_encoder_with_params_of_another_dtype_is_not_frozen(tiny_sd15, tmp_path):
+    """Kernels would be cast to what the exported program does not take."""
+    wide = clip_jax.load(tiny_sd15, family="sd15", dtype="bfloat16", param_dtype="float32")
+    wide.export(tmp_path / "out", platforms="cpu")
+    exported = clip_jax.load_exported(tmp_path / "out")
+    with pytest.raises(ClipJaxError, match="dtype of the computation, bfloat16; found float32. Leave it out"):
+        exported.warmup(freeze=True)
+    assert exported("a cat").prompt_embeds.dtype == "bfloat16"
+
+
 def test_quantised_params_are_refused(tiny_sd15):
     encoder = clip_jax.load(tiny_sd15, family="sd15", quantize="int8", cache_bytes=0)
     wanted = encoder("a cat")

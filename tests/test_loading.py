@@ -317,3 +317,16 @@ def test_what_cannot_be_read_is_told_as_it_is(encoder, tmp_path, monkeypatch):
     monkeypatch.setattr(ckpt, "read_params", fails)
     with pytest.raises(CheckpointError, match="^files in it are missing$"):
         clip_jax.load(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("config", "found"),
+    [
+        ("config.json", "str"),
+        (clip_jax.ClipTextConfig.sd15(), "ClipTextConfig"),
+        (clip_jax.ClipTextConfig.sd15().to_hf(), "the dict of a config.json"),
+    ],
+)
+def test_a_config_without_its_tower_is_refused(tiny_sd15, config, found):
+    with pytest.raises(clip_jax.ConfigError, match=rf"Expected config to name towers, such as .* found {found}\."):
+        clip_jax.load(tiny_sd15, family="sd15", config=config)

@@ -24,8 +24,9 @@ from clip_jax.config import ClipTextConfig, TowerConfig
 from clip_jax.convert.hub import Access
 from clip_jax.errors import ClipJaxError, ConfigError
 from clip_jax.models import ClipTextModel, T5Encoder, intercepted
+from clip_jax.models.quantized import is_quantized
 from clip_jax.params.cast import float_dtype
-from clip_jax.params.shapes import check_shapes, flatten, param_shapes, unflatten
+from clip_jax.params.shapes import check_params, flatten, param_shapes, unflatten
 
 # Arguments of the old `from_pretrained` that changed how weights were read, not what they are.
 _WITHOUT_EFFECT = frozenset(
@@ -57,6 +58,7 @@ class FlaxPreTrainedModel:
     main_input_name: ClassVar[str] = "input_ids"
     framework: ClassVar[str] = "flax"
 
+    @jax.transfer_guard_host_to_device("allow")  # the seed comes from there
     def __init__(
         self,
         config: Any,
@@ -263,10 +265,7 @@ class FlaxPreTrainedModel:
         return _cast(params, jnp.float32, mask)
 
     def _check_whole(self, params: Mapping[str, Any]) -> None:
-        """All params of the model have to be there, in their shapes; others (those of a LoRA) may be."""
-        shapes = param_shapes(self._tower)
-        found = {path: tuple(leaf.shape) for path, leaf in flatten(params).items() if path in shapes}
-        check_shapes(shapes, found, f"The params for {type(self).__name__}")
+        check_params(self._tower, params, f"The params for {type(self).__name__}")
 
     def _forward(
         self,
@@ -302,7 +301,9 @@ class FlaxPreTrainedModel:
             )
         ids, *others = map(_as_array, arrays)
         if ids is None or ids.ndim != 2 or 0 in ids.shape:
-            raise ClipJaxError(f"Expected input_ids [B, L], found {'none' if ids is None else ids.shape}.")
+            raise ClipJaxError(
+                f"Expected input_ids [B, L] of at least one token, found {'none' if ids is None else ids.shape}."
+            )
         for array in others:
             if array is not None and array.shape not in (ids.shape, (1, ids.shape[1])):
                 raise ClipJaxError(f"Expected arrays of the shape of input_ids, {ids.shape}, found {array.shape}.")
@@ -354,7 +355,8 @@ def _host() -> jax.sharding.Sharding | None:
 
 def _cast(params: Mapping[str, Any], dtype: jax.typing.DTypeLike, mask: Any) -> dict[str, Any]:
     def cast(leaf: Any, wanted: bool = True) -> Any:
-        floating = jnp.issubdtype(leaf.dtype, jnp.floating)
-        return leaf.astype(dtype) if wanted and floating else leaf
+        keeps = is_quantized(leaf) or not jnp.issubdtype(leaf.dtype, jnp.floating)
+        return leaf.astype(dtype) if wanted and not keeps else leaf
 
-    return jax.tree.map(cast, params) if mask is None else jax.tree.map(cast, params, mask)
+    trees = (params,) if mask is None else (params, mask)
+    return jax.tree.map(cast, *trees, is_leaf=is_quantized)

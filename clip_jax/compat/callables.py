@@ -16,11 +16,13 @@ import numpy as np
 from clip_jax.compat.base import FlaxPreTrainedModel
 from clip_jax.compat.clip import FlaxCLIPTextModel
 from clip_jax.compat.t5 import FlaxT5EncoderModel
+from clip_jax.errors import ClipJaxError
+from clip_jax.models.quantized import is_quantized
 from clip_jax.params.shard import over_auto_axes, sharded_array
 
 
 class _CallableEncoder:
-    """Holds a model, of which it casts the params.
+    """Holds a model, of which it casts the params, but quantised ones.
 
     Attributes:
         model: The model.
@@ -32,14 +34,18 @@ class _CallableEncoder:
     def __init__(self, model: FlaxPreTrainedModel) -> None:
         self.model = model
         self.dtype = model.dtype
-        self.params = jax.tree.map(lambda leaf: leaf.astype(self.dtype), model.params)
+        self.params = jax.tree.map(self._cast, model.params, is_leaf=is_quantized)
 
     @classmethod
     def from_pretrained(cls, source: str, dtype: jax.typing.DTypeLike = jnp.float32, **kwargs: Any) -> Self:
         """Loads it; arguments and errors as in `from_pretrained` of the model."""
         model = cls.model_class.from_pretrained(source, dtype, **kwargs)
-        assert isinstance(model, FlaxPreTrainedModel)
+        if not isinstance(model, FlaxPreTrainedModel):
+            raise ClipJaxError(f"{cls.__name__} holds params. Leave out _do_init, or use {cls.model_class.__name__}.")
         return cls(model)
+
+    def _cast(self, leaf: Any) -> Any:
+        return leaf if is_quantized(leaf) else leaf.astype(self.dtype)
 
     @property
     def params(self) -> dict[str, Any]:

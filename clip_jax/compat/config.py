@@ -28,11 +28,25 @@ _T5_ALIASES = {
 class HfConfig:
     """The part of transformers' `PretrainedConfig` that pipelines use, without transformers.
 
-    Fields are attributes and may be set; those of `config.json` that are not ours are kept.
+    Fields are attributes and may be set; those of `config.json` that are not ours are kept. T5's have the other names
+    that transformers knows them by, too.
     """
 
     def __init__(self, **fields: Any) -> None:
         self.__dict__.update(_RUN_TIME | fields)
+
+    def own_name(self, name: str) -> str:
+        """That of a field for one of its names."""
+        return _T5_ALIASES.get(name, name) if self.__dict__.get("model_type") == "t5" else name
+
+    def __getattr__(self, name: str) -> Any:  # what is not in `__dict__`
+        try:
+            return self.__dict__[self.own_name(name)]
+        except KeyError:
+            raise AttributeError(f"The config has no field {name!r}.", name=name, obj=self) from None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(self.own_name(name), value)
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, copied."""
@@ -86,14 +100,12 @@ def with_fields(config: Mapping[str, Any], architecture: str, fields: Mapping[st
     """
     tower = tower_config(config, architecture)
     shown: HfConfig = shown_config(config, tower)
-    aliases = {} if isinstance(tower, ClipTextConfig) else _T5_ALIASES
     for name, value in fields.items():
-        own = aliases.get(name, name)
-        if own not in vars(shown):
+        if shown.own_name(name) not in vars(shown):
             raise ClipJaxError(
                 f"Flax{architecture}.from_pretrained has no argument {name!r}, and its config no such field."
             )
-        setattr(shown, own, value)
+        setattr(shown, name, value)
     return shown
 
 

@@ -22,6 +22,7 @@ from clip_jax.convert.resolve import resolve
 from clip_jax.convert.source import open_source
 from clip_jax.convert.tower import ForeignTower, open_alone
 from clip_jax.errors import CheckpointError, ClipJaxError, ConfigError
+from clip_jax.models.quantized import is_quantized
 from clip_jax.params.shapes import TensorSpec, check_shapes, flatten, param_shapes, unflatten
 from clip_jax.params.shard import over_auto_axes
 from clip_jax.progress import byte_bar
@@ -87,6 +88,11 @@ def load_pretrained(
 def save_pretrained(folder: str | os.PathLike[str], config: Any, tower: TowerConfig, params: Mapping[str, Any]) -> None:
     """Writes `config.json` and `model.safetensors`; arguments and errors as in the class."""
     shapes, leaves = param_shapes(tower), flatten(params)
+    if any(map(is_quantized, leaves.values())):
+        raise CheckpointError(
+            f"{folder}: the params are quantised, for which transformers has no names; expected whole ones. Save them "
+            f"with the TextEncoder that they are of."
+        )
     try:
         check_shapes(shapes, {path: np.shape(leaf) for path, leaf in leaves.items()}, "What is to be saved")
     except CheckpointError as error:
@@ -132,12 +138,22 @@ def _open(folder: Path, tower: TowerConfig) -> ForeignTower:
 
 def _placement(shardings: Shardings, tower: TowerConfig) -> Callable[[str, TensorSpec], jax.sharding.Sharding]:
     """`shardings` as a function that the readers take."""
+
+    def fitting(path: str, spec: TensorSpec, sharding: jax.sharding.Sharding) -> jax.sharding.Sharding:
+        try:
+            sharding.shard_shape(spec.shape)
+        except ValueError as error:
+            raise ClipJaxError(
+                f"shardings do not fit {path} with the shape {spec.shape}: {error} Leave that dimension whole."
+            ) from error
+        return over_auto_axes(sharding)
+
     if isinstance(shardings, jax.sharding.Sharding):
-        whole = over_auto_axes(shardings)
-        return lambda path, spec: whole  # noqa: ARG005
+        whole = shardings
+        return lambda path, spec: fitting(path, spec, whole)
     if callable(shardings):
         function = shardings
-        return lambda path, spec: over_auto_axes(function(path, jax.ShapeDtypeStruct(spec.shape, spec.dtype)))
+        return lambda path, spec: fitting(path, spec, function(path, jax.ShapeDtypeStruct(spec.shape, spec.dtype)))
     leaves = flatten(shardings)
     missing = sorted(param_shapes(tower).keys() - leaves.keys())
     if missing or not all(isinstance(leaf, jax.sharding.Sharding) for leaf in leaves.values()):
@@ -145,4 +161,4 @@ def _placement(shardings: Shardings, tower: TowerConfig) -> Callable[[str, Tenso
             f"Expected shardings to be a Sharding, a function, or a tree with a Sharding for every param, found "
             f"{f'none for {len(missing)} params, such as {missing[0]}' if missing else 'other leaves'}."
         )
-    return lambda path, spec: over_auto_axes(leaves[path])  # noqa: ARG005
+    return lambda path, spec: fitting(path, spec, leaves[path])

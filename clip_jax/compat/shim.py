@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
@@ -47,13 +48,17 @@ def install() -> None:
     if _before is not None:
         return
     transformers = _transformers()
+    try:
+        places = [(module, cls) for cls, home in _HOMES.items() for module in (transformers, _module(home))]
+    except BaseException:  # a module of transformers that this version of JAX breaks: as if it had not been called
+        _remove_made()
+        raise
     _before = []
-    for cls, home in _HOMES.items():
-        for module in (transformers, _module(home)):
-            # Not getattr, by which transformers 4 would import its own.
-            _before.append((module, cls.__name__, vars(module).get(cls.__name__, _ABSENT)))
-            setattr(module, cls.__name__, cls)
-        cls.__module__ = home
+    for module, cls in places:
+        # Not getattr, by which transformers 4 would import its own.
+        _before.append((module, cls.__name__, vars(module).get(cls.__name__, _ABSENT)))
+        setattr(module, cls.__name__, cls)
+        cls.__module__ = _HOMES[cls]
 
 
 def uninstall() -> None:
@@ -66,10 +71,7 @@ def uninstall() -> None:
             delattr(module, name)
         else:
             setattr(module, name, value)
-    for name, module in _made.items():
-        if sys.modules.get(name) is module:
-            del sys.modules[name]
-    _made.clear()
+    _remove_made()
     for cls, ours in _OURS.items():
         cls.__module__ = ours
     _before = None
@@ -81,7 +83,20 @@ def _module(name: str) -> ModuleType:
         return importlib.import_module(name)
     except ImportError:
         made = _made[name] = sys.modules[name] = ModuleType(name)
+        made.__spec__ = ModuleSpec(name, loader=None)  # `importlib.util.find_spec` asks for it
+        parent, _, child = name.rpartition(".")
+        setattr(_module(parent), child, made)
         return made
+
+
+def _remove_made() -> None:
+    for name, module in _made.items():
+        parent, _, child = name.rpartition(".")
+        if sys.modules.get(name) is module:
+            del sys.modules[name]
+        if parent in sys.modules and vars(sys.modules[parent]).get(child) is module:
+            delattr(sys.modules[parent], child)
+    _made.clear()
 
 
 def _transformers() -> ModuleType:

@@ -44,8 +44,11 @@ def time_ids(
 
     Returns:
         [rows, 6]: original height and width, crop top and left, target height and width.
+
+    Raises:
+        ClipJaxError: A size or a corner that is no pair.
     """
-    ids = np.array([*original_size, *crops_coords_top_left, *target_size])
+    ids = np.array([*_pair(original_size), *_pair(crops_coords_top_left), *_pair(target_size)])
     return jnp.asarray(np.tile(ids, (rows, 1)), dtype)
 
 
@@ -75,13 +78,19 @@ def refiner_time_ids(
         [rows, 5]: original height and width, crop top and left, score.
 
     Raises:
-        ClipJaxError: An odd number of rows with guidance.
+        ClipJaxError: An odd number of rows with guidance, or a size or a corner that is no pair.
     """
     if guidance and rows % 2:
         raise ClipJaxError(f"With guidance rows must be even, a negative prompt for each prompt; found {rows}.")
     scores = [negative_aesthetic_score, aesthetic_score] if guidance else [aesthetic_score]
-    ids = np.array([[*original_size, *crops_coords_top_left, score] for score in scores])
+    ids = np.array([[*_pair(original_size), *_pair(crops_coords_top_left), score] for score in scores])
     return jnp.asarray(np.repeat(ids, rows // len(scores), axis=0), dtype)
+
+
+def _pair(pixels: tuple[int, int]) -> tuple[int, int]:
+    if len(pixels) != 2:  # the shape of an image has its channels, too
+        raise ClipJaxError(f"Sizes and corners are pairs, height and width or top and left; found {pixels}.")
+    return pixels
 
 
 CLIP_L = Tower(name="clip_l", config=ClipTextConfig.sd15(), layer=-2, final_norm=False)

@@ -35,11 +35,11 @@ from clip_jax.params.cast import check_range
 from clip_jax.params.quantize import PLAIN, Scheme, join, scheme_called
 from clip_jax.params.shapes import TensorSpec, check_shapes, list_faults, param_shapes, unflatten
 from clip_jax.params.shard import Placement, sharded_array
-from clip_jax.params.staging import CHECKPOINT_MARK, staged_folder
+from clip_jax.params.staging import CHECKPOINT_MARK, FORMAT, custom_metadata, staged_folder
 from clip_jax.progress import byte_bar
 
 # Version 2 is quantised; what is not keeps version 1, which older ones of this package read.
-_FORMAT, _FORMAT_VERSION, _FILES = "clip_jax", 2, "files.json"
+_FORMAT_VERSION, _FILES = 2, "files.json"
 # What comes of metadata that is not there, no JSON, or of another shape. (Not ValueError: ours are such, too.)
 _UNREADABLE = (OSError, json.JSONDecodeError, UnicodeDecodeError, RecursionError, KeyError, TypeError, AttributeError)
 # About so much is read ahead of the parameter that is wanted: enough to keep the disk busy, little beside the params.
@@ -79,10 +79,11 @@ class CheckpointMetadata:
 
 def is_checkpoint(path: Path) -> bool:
     """Whether `path` is, or was to become, an Orbax folder."""
-    marks = ("_CHECKPOINT_METADATA", "orbax.checkpoint", "manifest.ocdbt", "_METADATA", "state")
+    marks = (CHECKPOINT_MARK, "orbax.checkpoint", "manifest.ocdbt", "_METADATA")
     return path.is_dir() and (path.name.endswith(".partial_save") or any(os.path.exists(path / m) for m in marks))
 
 
+@jax.transfer_guard("allow")
 def write_checkpoint(
     out: Path,
     parts: Iterable[Mapping[str, Mapping[str, np.ndarray | jax.Array]]],
@@ -118,7 +119,7 @@ def write_checkpoint(
         )
 
     stored = {
-        "format": _FORMAT,
+        "format": FORMAT,
         "format_version": 1 if metadata.scheme is PLAIN else _FORMAT_VERSION,
         "family": metadata.family,
         "zero_negative": metadata.zero_negative,
@@ -159,7 +160,7 @@ def write_checkpoint(
 
 def _add_provenance(folder: Path, found: dict[str, Any]) -> None:
     """Adds to the custom metadata, which Orbax keeps as JSON."""
-    path = folder / "_CHECKPOINT_METADATA"
+    path = folder / CHECKPOINT_MARK
     whole = json.loads(path.read_text())
     whole["custom_metadata"]["provenance"] |= found
     path.write_text(json.dumps(whole))
@@ -207,19 +208,19 @@ def read_metadata(path: Path) -> CheckpointMetadata:
     Raises:
         CheckpointError: An interrupted, foreign or newer checkpoint.
     """
-    # `commit_success.txt` is Orbax's last step: without it the folder is what an interrupted write left.
-    if path.name.endswith(".partial_save") or not (path / "commit_success.txt").is_file():
+    if path.name.endswith(".partial_save"):
         raise CheckpointError(
-            f"{path} is an Orbax folder that was never finished (no commit_success.txt): the run that wrote "
-            f"it was interrupted. Delete it and convert again."
+            f"{path} is an Orbax folder that was never finished: what wrote it was interrupted. Convert again."
         )
     try:
-        stored = json.loads((path / "_CHECKPOINT_METADATA").read_text())["custom_metadata"] or {}
-        if stored.get("format") != _FORMAT:
+        stored = custom_metadata(path) if (path / CHECKPOINT_MARK).exists() else {}
+        if stored.get("format") != FORMAT:
             raise CheckpointError(
-                f"{path} is an Orbax folder that clip_jax did not write. Expected one made by "
+                f"{path} is an Orbax folder that clip_jax did not write, or not whole. Expected one made by "
                 f"`clip-jax convert` or `TextEncoder.save`."
             )
+        if not (path / "commit_success.txt").is_file():
+            raise CheckpointError(f"{path} is not whole: it lacks commit_success.txt. Copy it again, or convert again.")
         if stored["format_version"] > _FORMAT_VERSION:
             raise CheckpointError(
                 f"{path} has format version {stored['format_version']}, this clip_jax reads up to "

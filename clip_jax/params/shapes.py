@@ -67,7 +67,8 @@ def _abstract(config: TowerConfig) -> dict[str, Any]:
     else:
         config = dataclasses.replace(config, num_layers=blocks)
     with nn.logical_axis_rules(()):  # a pipeline's own rules, where they are in force, would constrain shapes
-        return jax.eval_shape(model_of(config).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+        # Within the trace, so that no array is made: a transfer guard may be in force.
+        return jax.eval_shape(lambda: model_of(config).init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))["params"]
 
 
 def _every_block(config: TowerConfig, leaves: Mapping[str, Any]) -> dict[str, Any]:
@@ -121,6 +122,16 @@ def check_shapes(expected: Shapes, found: Shapes, what: str) -> None:
     ]
     if faults:
         raise CheckpointError(f"{what} does not match its architecture. " + " ".join(faults))
+
+
+def check_params(config: TowerConfig, params: Mapping[str, Any], what: str) -> None:
+    """All parameters of a tower have to be there, in their shapes; others (those of a LoRA) may be.
+
+    Raises:
+        CheckpointError: One is missing, or of another shape.
+    """
+    shapes, leaves = param_shapes(config), flatten(nn.meta.unbox(params))
+    check_shapes(shapes, {path: tuple(leaf.shape) for path, leaf in leaves.items() if path in shapes}, what)
 
 
 def list_faults(kind: str, names: Iterable[str], most: int = 20) -> list[str]:

@@ -5,17 +5,22 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import glob
+import json
 import os
 import shutil
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from clip_jax.errors import CheckpointError
 
 CHECKPOINT_MARK = "_CHECKPOINT_METADATA"
-"""The file by which a checkpoint of this package is known, so that it may be replaced."""
+"""The file by which an Orbax checkpoint is known."""
+
+FORMAT = "clip_jax"
+"""What the custom metadata in it says where this package wrote it, so that it may be replaced."""
 
 
 @contextlib.contextmanager
@@ -29,7 +34,7 @@ def staged_folder(out: Path, *, overwrite: bool = False, mark: str = CHECKPOINT_
     Args:
         out: The folder to make.
         overwrite: Whether one that is there may be replaced.
-        mark: The file that one has to have to be replaced.
+        mark: The file that one has to have to be replaced; that of a checkpoint has to say that it is ours.
 
     Raises:
         CheckpointError: `out` exists and `overwrite` is off, it is not a folder this package wrote, or nothing can be
@@ -105,11 +110,27 @@ def check_free(out: Path, overwrite: bool, mark: str = CHECKPOINT_MARK) -> None:
         )
     if _runs_in(out):
         raise CheckpointError(f"{out} is where this process runs, so it is not overwritten. Choose another name.")
-    if not (out / mark).is_file() and not (out.is_dir() and not any(out.iterdir())):
+    if not _is_ours(out, mark) and not (out.is_dir() and not any(out.iterdir())):
         kind = "a checkpoint" if mark == CHECKPOINT_MARK else "an export"
         raise CheckpointError(
             f"{out} is not {kind} written by clip_jax, so it is not overwritten. Choose another name."
         )
+
+
+def _is_ours(out: Path, mark: str) -> bool:
+    """Whether this package wrote what is there: others write checkpoints by Orbax too, with the same file."""
+    if mark != CHECKPOINT_MARK:
+        return (out / mark).is_file()
+    try:
+        return custom_metadata(out).get("format") == FORMAT
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
+        return False
+
+
+def custom_metadata(path: Path) -> dict[str, Any]:
+    """What was given to Orbax to keep beside a checkpoint; raises what comes of a file that is damaged."""
+    stored: dict[str, Any] | None = json.loads((path / CHECKPOINT_MARK).read_text())["custom_metadata"]
+    return stored or {}
 
 
 def _runs_in(folder: Path) -> bool:

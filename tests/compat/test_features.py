@@ -224,9 +224,9 @@ def test_batch_sizes_that_are_none(projected, batch_size):
 def test_what_a_call_refuses_is_refused(projected):
     with pytest.raises(ClipJaxError, match="78 tokens per row, the model has 77 positions"):
         projected.get_text_features(texts([4], 78))
-    with pytest.raises(ClipJaxError, match=r"Expected input_ids \[B, L\], found \(77,\)"):
+    with pytest.raises(ClipJaxError, match=r"Expected input_ids \[B, L\] of at least one token, found \(77,\)"):
         projected.get_text_features(texts([4])[0])
-    with pytest.raises(ClipJaxError, match=r"Expected input_ids \[B, L\], found \(0, 77\)"):
+    with pytest.raises(ClipJaxError, match=r"Expected input_ids \[B, L\] of at least one token, found \(0, 77\)"):
         projected.get_text_features(texts([]))
     with pytest.raises(ClipJaxError, match="Expected ids from 0 to"):
         projected.get_text_features(texts([4]) + 10**6)

@@ -4,6 +4,7 @@ The numbers are those of transformers 4.57.6, whose Flax classes were given the 
 tests/oracle/cases.py.
 """
 
+import copy
 import json
 import shutil
 import warnings
@@ -246,6 +247,22 @@ def test_names_that_transformers_has_for_other_names():
     names = {"hidden_size": "d_model", "num_attention_heads": "num_heads", "num_hidden_layers": "num_layers"}
     for name, own in {**names, "head_dim": "d_kv"}.items():
         assert vars(with_fields(fields, "T5EncoderModel", {name: 16}))[own] == 16
+
+
+def test_a_config_of_t5_answers_to_those_names_too(pipeline, tmp_path):
+    model = FlaxT5EncoderModel.from_pretrained(pipeline, subfolder="text_encoder_3")
+    config = copy.deepcopy(model.config)
+    assert (config.hidden_size, config.num_hidden_layers) == (SMALL_T5.d_model, SMALL_T5.num_layers)
+    assert (config.num_attention_heads, config.head_dim) == (SMALL_T5.num_heads, SMALL_T5.d_kv)
+    assert "hidden_size" not in config.to_dict()
+    model.config.hidden_size = 5
+    assert model.config.d_model == 5
+    with pytest.raises(ConfigError, match="config was changed after the model was made"):
+        model.save_pretrained(tmp_path)
+    with pytest.raises(AttributeError, match="no field 'n_embd'"):
+        _ = config.n_embd
+    with pytest.raises(AttributeError, match="no field 'd_model'"):
+        _ = FlaxCLIPTextModel.from_pretrained(pipeline, subfolder="text_encoder").config.d_model
 
 
 @pytest.mark.slow

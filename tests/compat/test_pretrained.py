@@ -1,7 +1,11 @@
 """`from_pretrained` and `save_pretrained`: folders, repos, shardings, and what is refused."""
 
 import json
+import os
+import re
 import shutil
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -133,6 +137,44 @@ def test_shardings_that_do_not_fit_are_refused(pipeline, clip):
         FlaxCLIPTextModel.from_pretrained(pipeline, subfolder="text_encoder", shardings={"a": device})
     with pytest.raises(ClipJaxError, match="found other leaves"):
         FlaxCLIPTextModel.from_pretrained(pipeline, subfolder="text_encoder", shardings=clip.params)
+
+
+@pytest.mark.slow
+def test_a_dimension_that_does_not_divide_is_named(pipeline):
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=3"}
+    code = """
+import sys, jax
+from clip_jax.compat import FlaxCLIPTextModel
+mesh = jax.sharding.Mesh(jax.devices(), "tensor")
+FlaxCLIPTextModel.from_pretrained(
+    sys.argv[1], subfolder="text_encoder", shardings=jax.NamedSharding(mesh, jax.P("tensor"))
+)
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(pipeline)], capture_output=True, text=True, env=environment)
+    assert re.search(r"ClipJaxError: shardings do not fit text_model/\S+ with the shape \(", done.stderr), done.stderr
+
+
+@pytest.mark.parametrize("scheme", ["int8", pytest.param("int4", marks=pytest.mark.slow)])
+def test_quantised_params_are_run_but_have_no_names_on_disk(pipeline, clip, tmp_path, scheme):
+    model = FlaxCLIPTextModel.from_pretrained(pipeline, subfolder="text_encoder")
+    model.params = clip_jax.load(pipeline / "text_encoder", family="sd15", quantize=scheme).params["clip_l"]
+    with pytest.raises(CheckpointError, match="the params are quantised, for which transformers has no names"):
+        model.save_pretrained(tmp_path)
+    assert not any(tmp_path.iterdir())
+    pooled = model(IDS).pooler_output
+    assert np.abs(pooled - clip(IDS).pooler_output).max() > 0
+    np.testing.assert_allclose(CLIPTextEncoder(model)(IDS), pooled, atol=1e-5)
+    low, before = (flatten(params) for params in (model.to_bf16(model.params), model.params))
+    assert low["text_model/final_layer_norm/bias"].dtype == "bfloat16"
+    assert (
+        low["text_model/embeddings/token_embedding/embedding"]
+        is before["text_model/embeddings/token_embedding/embedding"]
+    )
+
+
+def test_callables_hold_params(pipeline):
+    with pytest.raises(ClipJaxError, match="CLIPTextEncoder holds params. Leave out _do_init, or use FlaxCLIPTextMod"):
+        CLIPTextEncoder.from_pretrained(str(pipeline), subfolder="text_encoder", _do_init=False)
 
 
 def test_callables_take_ids_and_return_arrays(pipeline, clip):

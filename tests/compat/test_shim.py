@@ -1,5 +1,6 @@
 """`install` puts the classes on `transformers`; the real one is for tests/parity."""
 
+import importlib.util
 import pickle
 import sys
 import types
@@ -73,3 +74,30 @@ def test_without_transformers_there_is_an_error(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ClipJaxError, match="transformers is not installed"):
         install()
+
+
+def test_a_module_that_fails_leaves_everything_as_it_was(transformers, monkeypatch):
+    """As transformers 4's own do with a JAX that is newer than they are."""
+    before, loaded = dict(vars(transformers)), set(sys.modules)
+    find = importlib.import_module
+
+    def broken(name):
+        if name.endswith("modeling_flax_t5"):
+            raise AttributeError("module 'jax.numpy' has no attribute 'DeviceArray'")
+        return find(name)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(importlib, "import_module", broken)
+        for _ in range(2):
+            with pytest.raises(AttributeError, match="DeviceArray"):
+                install()
+    assert vars(transformers) == before
+    assert not {name for name in set(sys.modules) - loaded if name.startswith("transformers")}
+    install()
+    assert transformers.FlaxT5EncoderModel is clip_jax.compat.FlaxT5EncoderModel
+
+
+def test_modules_that_are_made_are_found_as_others_are(transformers):
+    install()
+    assert importlib.util.find_spec("transformers.modeling_flax_utils").name == "transformers.modeling_flax_utils"
+    assert sys.modules["transformers"].modeling_flax_utils.FlaxPreTrainedModel is FlaxPreTrainedModel

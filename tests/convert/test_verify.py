@@ -4,6 +4,7 @@ The source runs in NumPy here; `tests/parity/test_verify.py` runs it in torch.
 """
 
 import functools
+import importlib
 import json
 import sys
 
@@ -243,3 +244,20 @@ def test_an_error_is_held_against_its_own_row():
     wanted = {"last_hidden_state": np.array([[[1e4, 0.0], [1.0, 0.0]]])}
     found = {"last_hidden_state": np.array([[[1e4, 0.0], [1.0, 0.01]]])}
     assert _relative_error(found, wanted) == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize("package", ["torch", "transformers"])
+def test_libraries_that_do_not_work_are_told_and_done_without(sources, monkeypatch, package):
+    """As torch whose CUDA is gone, or transformers 5 under `python -OO`."""
+    find = importlib.import_module
+
+    def broken(name):
+        if name == package:
+            raise OSError("libtorch_cuda.so: cannot open shared object file")
+        return find("math") if name == "torch" else find(name)
+
+    monkeypatch.setattr(importlib, "import_module", broken)
+    checkpoint = sources["clip_g"]
+    with pytest.warns(UserWarning, match=r"cannot be used \(OSError: libtorch_cuda.*NumPy runs the source instead"):
+        found = verify(checkpoint, "clip_g", params_of(checkpoint, None)["clip_g"])
+    assert found.oracle == "NumPy, float64"

@@ -18,6 +18,7 @@ import clip_jax
 from clip_jax import CheckpointError
 from clip_jax.params import checkpoint as ckpt
 from clip_jax.params.shapes import flatten
+from tests.checkpoints import digests
 
 
 @pytest.fixture(scope="module")
@@ -97,11 +98,17 @@ def test_wrong_family_is_an_error(saved):
         clip_jax.load(saved, family="sd21")
 
 
-@pytest.mark.parametrize("name", ["copy.partial_save", "copy"])
-def test_an_interrupted_run_is_refused(copy, name):
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("copy.partial_save", "never finished.*interrupted. Convert again"),
+        ("copy", "lacks commit_success.txt. Copy it"),
+    ],
+)
+def test_an_interrupted_run_is_refused(copy, name, message):
     (copy / "commit_success.txt").unlink()
     path = copy.rename(copy.parent / name)
-    with pytest.raises(CheckpointError, match=r"never finished.*interrupted.*convert again"):
+    with pytest.raises(CheckpointError, match=message):
         clip_jax.load(path)
 
 
@@ -118,9 +125,28 @@ def test_what_orbax_leaves_of_an_interrupted_save_is_refused(encoder, tmp_path):
 def test_an_orbax_folder_of_somebody_else_is_refused(tmp_path):
     from orbax.checkpoint import v1 as ocp
 
-    ocp.save(tmp_path / "other", {"w": jnp.zeros(3)})
-    with pytest.raises(CheckpointError, match="clip_jax did not write"):
-        clip_jax.load(tmp_path / "other")
+    other = tmp_path / "other"
+    ocp.save(other, {"w": jnp.zeros(3)})
+    for absent in ("", "commit_success.txt", "_CHECKPOINT_METADATA"):  # nobody is told to delete what is not ours
+        (other / absent).is_file() and (other / absent).unlink()
+        with pytest.raises(CheckpointError, match="clip_jax did not write, or not whole. Expected one made by"):
+            clip_jax.load(other)
+
+
+def test_an_orbax_folder_of_somebody_else_is_never_overwritten(encoder, tmp_path):
+    from orbax.checkpoint import v1 as ocp
+
+    ocp.save(tmp_path / "training", {"step": jnp.zeros(3)}, custom_metadata={"epoch": 1})
+    before = digests(tmp_path)
+    with pytest.raises(CheckpointError, match="not a checkpoint written by clip_jax, so it is not overwritten"):
+        encoder.save(tmp_path / "training", overwrite=True)
+    assert digests(tmp_path) == before
+
+
+def test_a_folder_called_state_makes_no_checkpoint(tiny_sd15, tmp_path):
+    shutil.copytree(tiny_sd15, tmp_path / "pipeline")
+    (tmp_path / "pipeline" / "state").mkdir()
+    assert clip_jax.load(tmp_path / "pipeline", family="sd15").config["clip_l"].hidden_size
 
 
 def edit_metadata(path, change):

@@ -17,7 +17,8 @@ from clip_jax.params.staging import check_apart, path_of, staged_folder
 
 def make_checkpoint(path, content="old"):
     path.mkdir()
-    (path / "_CHECKPOINT_METADATA").write_text(content)
+    (path / "_CHECKPOINT_METADATA").write_text('{"custom_metadata": {"format": "clip_jax"}}')
+    (path / "made").write_text(content)
 
 
 def write(out, content="new", **kwargs):
@@ -30,7 +31,7 @@ def test_the_folder_appears_at_the_end(tmp_path):
     with staged_folder(out) as folder:
         make_checkpoint(folder)
         assert not out.exists()
-    assert [p.name for p in out.iterdir()] == ["_CHECKPOINT_METADATA"]
+    assert sorted(p.name for p in out.iterdir()) == ["_CHECKPOINT_METADATA", "made"]
     assert [p.name for p in out.parent.iterdir()] == ["out"]
 
 
@@ -38,9 +39,9 @@ def test_an_existing_folder_is_refused_without_overwrite(tmp_path):
     make_checkpoint(tmp_path / "out")
     with pytest.raises(CheckpointError, match=r"out exists already.*overwrite=True"):
         write(tmp_path / "out")
-    assert (tmp_path / "out" / "_CHECKPOINT_METADATA").read_text() == "old"
+    assert (tmp_path / "out" / "made").read_text() == "old"
     write(tmp_path / "out", overwrite=True)
-    assert (tmp_path / "out" / "_CHECKPOINT_METADATA").read_text() == "new"
+    assert (tmp_path / "out" / "made").read_text() == "new"
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
@@ -48,7 +49,10 @@ def test_what_is_no_checkpoint_is_never_overwritten(tmp_path):
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter1.tex").write_text("years of work")
     (tmp_path / "file").write_text("text")
-    for name in ("thesis", "file"):
+    for name, metadata in (("training", '{"custom_metadata": null}'), ("torn", "{"), ("odd", "[1]")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "_CHECKPOINT_METADATA").write_text(metadata)
+    for name in ("thesis", "file", "training", "torn", "odd"):
         with pytest.raises(CheckpointError, match="not a checkpoint written by clip_jax, so it is not overwritten"):
             write(tmp_path / name, overwrite=True)
     assert (tmp_path / "thesis" / "chapter1.tex").read_text() == "years of work"
@@ -69,7 +73,7 @@ def test_what_a_link_leads_to_is_replaced_and_not_the_link(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "target")
     write(tmp_path / "link", overwrite=True)
     assert (tmp_path / "link").is_symlink()
-    assert (tmp_path / "target" / "_CHECKPOINT_METADATA").read_text() == "new"
+    assert (tmp_path / "target" / "made").read_text() == "new"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["link", "target"]
 
 
@@ -79,7 +83,7 @@ def test_from_a_folder_that_is_gone(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "gone")
     (tmp_path / "gone").rmdir()
     write(tmp_path / "out", overwrite=True)
-    assert (tmp_path / "out" / "_CHECKPOINT_METADATA").read_text() == "new"
+    assert (tmp_path / "out" / "made").read_text() == "new"
     with pytest.raises(CheckpointError, match="^out cannot be written: No such file or directory"):
         path_of("out")
 
@@ -127,7 +131,7 @@ def test_names_that_look_like_patterns(tmp_path):
     (stage / "lock").touch()
     make_checkpoint(stage / "old")
     write(tmp_path / "model[1]")
-    assert (tmp_path / "model[1]" / "_CHECKPOINT_METADATA").read_text() == "new"
+    assert (tmp_path / "model[1]" / "made").read_text() == "new"
     assert (stage / "old").is_dir()
     with pytest.raises(CheckpointError, match="exists already"):
         write(tmp_path / "model1")  # was put back
@@ -141,7 +145,7 @@ def test_an_error_leaves_the_old_folder_and_no_new_one(tmp_path):
     ):
         make_checkpoint(folder)
         raise RuntimeError("disk full")
-    assert (tmp_path / "out" / "_CHECKPOINT_METADATA").read_text() == "old"
+    assert (tmp_path / "out" / "made").read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
@@ -149,7 +153,7 @@ def test_a_folder_that_appeared_meanwhile_is_kept(tmp_path):
     with pytest.raises(CheckpointError, match="exists already"), staged_folder(tmp_path / "out") as folder:
         make_checkpoint(folder, "slow")
         write(tmp_path / "out", "quick")
-    assert (tmp_path / "out" / "_CHECKPOINT_METADATA").read_text() == "quick"
+    assert (tmp_path / "out" / "made").read_text() == "quick"
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
@@ -177,7 +181,7 @@ def test_a_killed_process_leaves_the_old_folder_and_is_cleared_up_after(tmp_path
     assert any(name.startswith(".out.clip-jax-") for name in left)
     with pytest.raises(CheckpointError, match="exists already"):  # clears up first, then finds the old folder
         write(tmp_path / "out")
-    assert (tmp_path / "out" / "_CHECKPOINT_METADATA").read_text() == "old"
+    assert (tmp_path / "out" / "made").read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
@@ -187,22 +191,21 @@ def test_the_staging_folder_of_a_running_process_is_left_alone(tmp_path):
         with pytest.raises(ZeroDivisionError), staged_folder(tmp_path / "out"):
             raise ZeroDivisionError
         assert os.path.isdir(folder)
-    assert (tmp_path / "out" / "_CHECKPOINT_METADATA").read_text() == "slow"
+    assert (tmp_path / "out" / "made").read_text() == "slow"
 
 
 def test_what_was_there_comes_back_when_the_last_step_fails(tmp_path):
     out = tmp_path / "out"
-    out.mkdir()
-    (out / "_CHECKPOINT_METADATA").write_text("old")
+    make_checkpoint(out)
     with pytest.raises(FileNotFoundError), staged_folder(out, overwrite=True):
         pass  # nothing is made, so that there is nothing to rename
-    assert (out / "_CHECKPOINT_METADATA").read_text() == "old"
+    assert (out / "made").read_text() == "old"
 
 
 def test_an_empty_folder_may_be_replaced(tmp_path):
     (tmp_path / "out").mkdir()
     write(tmp_path / "out", overwrite=True)
-    assert (tmp_path / "out" / "_CHECKPOINT_METADATA").read_text() == "new"
+    assert (tmp_path / "out" / "made").read_text() == "new"
 
 
 def test_a_staging_folder_that_has_no_lock_yet_is_left_alone(tmp_path, monkeypatch):

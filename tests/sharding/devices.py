@@ -74,6 +74,8 @@ def main(sources: Path) -> None:
     results["pickled"] = pickled(sources)
     results["default"] = default(sources)
     results["explicit"] = explicit(sources)
+    results["warmed"] = warmed(sources, programs)
+    results["meshes"] = meshes(sources)
     results["saved"] = saved(encoders["flux, both"], whole["flux"], sources / "saved")
     results["low"] = low(sources, whole["flux"])
     results["quantized"] = {name: quantized(sources / "sd15", name) for name in SCHEMES}
@@ -136,6 +138,26 @@ def default(sources: Path) -> list[str]:
     loaded.params = drawn
     found.append(encode(loaded, PROMPTS[:1]))
     return [str(out.prompt_embeds.devices()) for out in found]
+
+
+def warmed(sources: Path, programs: list[Any]) -> list[int]:
+    """How many programs are run by a warmup on a mesh, and by the call that it was for."""
+    encoder = clip_jax.load(sources / "sd15", family="sd15", mesh=mesh_of({"data": 2, "tensor": 4}))
+    before = len(programs)
+    encoder.warmup((2,))
+    between = len(programs)
+    encoder(PROMPTS[:2])
+    return [between - before, len(programs) - between]
+
+
+def meshes(sources: Path) -> list[bool]:
+    """Whether the same call is computed on the devices of the mesh that is in force."""
+    encoder = clip_jax.load(sources / "sd15", family="sd15")
+    found = []
+    for devices in (jax.devices()[:2], jax.devices()[2:4]):
+        with jax.set_mesh(jax.sharding.Mesh(np.array(devices), "data")):
+            found.append(encoder(PROMPTS[0]).prompt_embeds.devices() == set(devices))
+    return found
 
 
 def explicit(sources: Path) -> dict[str, Any]:

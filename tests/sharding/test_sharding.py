@@ -153,6 +153,15 @@ def test_params_stay_on_the_device_that_was_the_default(devices):
     assert devices["default"] == ["{CpuDevice(id=3)}"] * 2
 
 
+def test_a_warmup_compiles_what_a_mesh_runs(devices):
+    """One program: no rows are looked for there, so that no prompts are encoded alone."""
+    assert devices["warmed"] == [1, 1]
+
+
+def test_what_another_mesh_has_computed_is_not_returned(devices):
+    assert devices["meshes"] == [True, True]
+
+
 def test_a_mesh_with_explicit_axes_may_be_in_force(devices):
     assert max(devices["explicit"].values()) <= TOLERANCE
 
