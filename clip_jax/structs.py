@@ -6,9 +6,11 @@ Letters: B batch, L tokens, D width, P pooled width.
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import jax
 import numpy as np
+from jax import export
 
 
 def is_traced(tree: object) -> bool:
@@ -74,3 +76,12 @@ class TextEmbeddings:
             text_ids=self.text_ids,
             guidance=False,
         )
+
+
+for _struct in (Tokens, TextEmbeddings):  # so that `jax.export` can write functions that take or return them
+    export.register_pytree_node_serialization(
+        _struct,
+        serialized_name=f"clip_jax.{_struct.__name__}",
+        serialize_auxdata=lambda static: json.dumps(static).encode(),
+        deserialize_auxdata=lambda written: tuple(json.loads(bytes(written))),
+    )

@@ -246,6 +246,19 @@ def test_ids_of_different_shapes_are_refused(encoder, tokens):
         embed(encoder, short)
 
 
+def test_functions_of_them_are_exported(encoder, tokens):
+    """And read back, with what is static in them."""
+
+    def encode(params, tokens):
+        return text_embeddings(params, tokens, family=encoder.family)
+
+    for given in (tokens, Tokens(cond=tokens.cond, zero_uncond=True), Tokens(cond=tokens.cond)):
+        written = jax.export.export(jax.jit(encode))(encoder.params, given).serialize()
+        found, wanted = jax.export.deserialize(written).call(encoder.params, given), encode(encoder.params, given)
+        assert found.guidance == wanted.guidance
+        np.testing.assert_allclose(found.prompt_embeds, wanted.prompt_embeds, atol=1e-5)
+
+
 def test_embeddings_are_a_pytree():
     whole = TextEmbeddings(
         prompt_embeds=jnp.arange(8.0).reshape(4, 1, 2), pooled_prompt_embeds=jnp.arange(4.0)[:, None]

@@ -92,7 +92,7 @@ class Family:
 
     name: str
     title: str
-    pipelines: frozenset[str]
+    pipelines: frozenset[str] = dataclasses.field(repr=False)
     towers: tuple[Tower, ...]
     guidance: bool = True
     zero_negative: bool = False

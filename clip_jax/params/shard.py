@@ -23,7 +23,6 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 from clip_jax.config import ClipTextConfig, TowerConfig
 from clip_jax.errors import ClipJaxError
-from clip_jax.params.cast import float_dtype, param_dtype
 from clip_jax.params.quantize import owner_of
 from clip_jax.params.shapes import TensorSpec, param_axes, param_shapes
 from clip_jax.structs import Tokens
@@ -114,16 +113,6 @@ def is_on(params: Mapping[str, object], mesh: Mesh | AbstractMesh) -> bool:
     """Whether params are on that mesh; they may have been moved since it was named."""
     sharding = getattr(jax.tree.leaves(params)[0], "sharding", None)
     return isinstance(sharding, NamedSharding) and sharding.mesh == mesh
-
-
-def device_bytes(configs: Mapping[str, TowerConfig], shardings: Shardings, dtype: jax.typing.DTypeLike) -> int:
-    """Bytes of params on each device, for towers that are loaded in `dtype`."""
-    kept = float_dtype(dtype)
-    return sum(
-        math.prod(shardings[tower][path].shard_shape(shape)) * param_dtype(path, kept).itemsize
-        for tower, config in configs.items()
-        for path, shape in param_shapes(config).items()
-    )
 
 
 def idle_axes(shardings: Shardings, rules: Rules | None = None) -> list[str]:

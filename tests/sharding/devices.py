@@ -26,8 +26,18 @@ from clip_jax.convert.tower import ForeignTower
 from clip_jax.params import checkpoint as ckpt
 from clip_jax.params.quantize import SCHEMES
 from clip_jax.params.shapes import flatten, unflatten
-from clip_jax.params.shard import Index, device_bytes, param_shardings, placed_by, sharded_array
-from tests.sharding.small import CLIP, PROMPTS, T5, bytes_by_device, collectives, encode, largest_error, same_parts
+from clip_jax.params.shard import Index, param_shardings, placed_by, sharded_array
+from tests.sharding.small import (
+    CLIP,
+    PROMPTS,
+    T5,
+    bytes_by_device,
+    collectives,
+    device_bytes,
+    encode,
+    largest_error,
+    same_parts,
+)
 
 jax.config.update("jax_default_matmul_precision", "float32")
 

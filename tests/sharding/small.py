@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -11,9 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.typing
 import numpy as np
 
 from clip_jax import FAMILIES, ClipTextConfig, T5EncoderConfig, TextEmbeddings, TextEncoder
+from clip_jax.config import TowerConfig
+from clip_jax.params.cast import float_dtype, param_dtype
+from clip_jax.params.shapes import param_shapes
+from clip_jax.params.shard import Shardings
 from clip_jax.tokenizers import ClipTokenizer
 from clip_jax.tokenizers.stand_in import stand_in_t5_tokenizer
 from tests.checkpoints import hf_state, t5_state, write_text_encoder
@@ -28,6 +34,16 @@ PROMPTS = ["a cat on a windowsill", "two dogs", "", "a boat at night"]
 _COLLECTIVE = re.compile(
     r"^\s*(?:ROOT )?\S+ = (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(", re.M
 )
+
+
+def device_bytes(configs: Mapping[str, TowerConfig], shardings: Shardings, dtype: jax.typing.DTypeLike) -> int:
+    """Bytes of params on each device, for towers that are loaded in `dtype`."""
+    kept = float_dtype(dtype)
+    return sum(
+        math.prod(shardings[tower][path].shard_shape(shape)) * param_dtype(path, kept).itemsize
+        for tower, config in configs.items()
+        for path, shape in param_shapes(config).items()
+    )
 
 
 def write_small(folder: Path, name: str) -> Path:

@@ -19,8 +19,8 @@ import clip_jax
 from clip_jax.convert import convert
 from clip_jax.params.quantize import SCHEMES
 from clip_jax.params.shapes import param_shapes
-from clip_jax.params.shard import batch_sharding, device_bytes, idle_axes, over_auto_axes, param_shardings
-from tests.sharding.small import CLIP, PROMPTS, T5, encode, outputs, write_small
+from clip_jax.params.shard import batch_sharding, idle_axes, over_auto_axes, param_shardings
+from tests.sharding.small import CLIP, PROMPTS, T5, device_bytes, encode, outputs, write_small
 
 TOLERANCE = 1e-5  # partial sums are added in another order
 ROOT = Path(__file__).parents[2]
