@@ -278,7 +278,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             except ReportError as error:
                 raise ReportError(f"{path}: {error}") from error
             if args.write:
-                path.write_text(wanted, encoding="utf-8")
+                new = path.with_name(f".{path.name}.new")  # so that a full disk takes no document with it
+                new.write_text(wanted, encoding="utf-8")
+                new.replace(path)
             elif wanted != text:
                 sys.exit(
                     f"bench.report: the table {table.marker} in {path} is not that of {args.result}. "

@@ -165,15 +165,20 @@ def call_key(prompts: Sequence[object], *options: Hashable) -> Hashable | None:
 def _settings() -> tuple[Hashable, ...]:
     """Those of JAX that decide what is computed, and where."""
     config, mesh = jax.config, jax.sharding.get_abstract_mesh()
-    return config.jax_default_matmul_precision, config.jax_default_device, mesh, _concrete_mesh()
+    return (
+        config.jax_default_matmul_precision,
+        config.jax_default_device,
+        mesh,
+        None if mesh.empty else _devices_of_mesh(),
+    )
 
 
-def _concrete_mesh() -> jax.sharding.Mesh | None:
-    """That of `jax.set_mesh`: two of the same axes may be of other devices."""
+def _devices_of_mesh() -> Hashable:
+    """The mesh of `jax.set_mesh`, with its devices: two of the same axes may be of others."""
     try:
         return jax.sharding.get_mesh()
-    except ValueError:  # within a `jit`, where nothing is kept
-        return None
+    except ValueError:  # within a transformation it is not told: such rows are never found again
+        return object()
 
 
 def on_host(tokens: Tokens) -> bool:

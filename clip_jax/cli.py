@@ -251,10 +251,12 @@ def _embed(arguments: argparse.Namespace) -> None:
         seconds.append(time.perf_counter() - start)
     tokenise, first, run = seconds
 
+    if arguments.out is not None:  # before anything is printed, for a reader may be gone
+        _write(arguments.out, out)
     _print_rows(out, prompts, "(zeros)" if tokens.zero_uncond else repr(arguments.negative or ""))
     print(f"tokenise {tokenise * 1e3:.1f} ms, compile {max(first - run, 0):.2f} s, run {run * 1e3:.1f} ms")
     if arguments.out is not None:
-        _write(arguments.out, out)
+        print(f"wrote {arguments.out}")
 
 
 def _check_devices() -> None:
@@ -264,10 +266,9 @@ def _check_devices() -> None:
     try:
         jax.devices()
     except (RuntimeError, AssertionError) as error:
-        platforms = jax.config.jax_platforms
-        raise ClipJaxError(
-            f"JAX has none of the devices that JAX_PLATFORMS={platforms!r} asks for. Unset it, or install JAX for them."
-        ) from error
+        platforms, reason = jax.config.jax_platforms, str(error).partition("\n")[0] or "there is no device"
+        advice = f" JAX_PLATFORMS={platforms!r} asks for it: unset it, or install JAX for that." if platforms else ""
+        raise ClipJaxError(f"JAX cannot start: {reason}.{advice}") from error
 
 
 def _print_rows(out: TextEmbeddings, prompts: list[str], negative: str) -> None:
@@ -294,27 +295,46 @@ def _arrays(out: TextEmbeddings) -> dict[str, Any]:
 def _check_out(path: Path, overwrite: bool) -> None:
     if path.suffix not in _OUT_FORMATS:
         raise ClipJaxError(f"--out must end in {' or '.join(_OUT_FORMATS)}, found {path.name!r}.")
-    if path.exists() and not overwrite:
+    if os.path.lexists(path) and not overwrite:
         raise ClipJaxError(f"{path} exists already. Choose another name, or pass --overwrite.")
-    if not path.absolute().parent.is_dir():
+    if path.exists() and not _holds_embeddings(path):
+        raise ClipJaxError(f"{path} is no file of embeddings, so it is not overwritten. Choose another name.")
+    folder = path.resolve().parent
+    if not folder.is_dir():
         raise ClipJaxError(f"{path.parent} is not a folder; expected one to write {path.name} into.")
+    if not os.access(folder, os.W_OK):
+        raise ClipJaxError(f"{path.parent} cannot be written to. Choose another place for {path.name}.")
+
+
+def _holds_embeddings(path: Path) -> bool:
+    """Whether a file is one of `_write`."""
+    import numpy as np
+    from safetensors import safe_open
+
+    try:
+        if path.suffix == ".npz":
+            with np.load(path) as arrays:
+                return "prompt_embeds" in arrays.files
+        with safe_open(path, "numpy") as tensors:
+            return "prompt_embeds" in tensors.keys()  # noqa: SIM118
+    except Exception:  # whatever files of other kinds raise
+        return False
 
 
 def _write(path: Path, out: TextEmbeddings) -> None:
     """Writes the embeddings beside `path` first: what is there already is only replaced by a whole file."""
     import numpy as np
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
-    arrays = _arrays(out)
-    with tempfile.TemporaryDirectory(prefix=".clip-jax-", dir=path.absolute().parent) as folder:
+    arrays, path = _arrays(out), path.resolve()  # what a link leads to is replaced, not the link
+    with tempfile.TemporaryDirectory(prefix=".clip-jax-", dir=path.parent) as folder:
         new = Path(folder) / path.name
         if path.suffix == ".npz":
             # numpy's format has no bfloat16; float32 holds its values exactly.
             np.savez(new, **{k: v.astype(np.float32) if v.dtype.kind == "V" else v for k, v in arrays.items()})
         else:
-            save_file(arrays, new)
+            new.write_bytes(save(arrays))
         os.replace(new, path)
-    print(f"wrote {path}")
 
 
 def _tokenize(arguments: argparse.Namespace) -> None:

@@ -193,9 +193,10 @@ def check_tokens(family: Family, tokens: Tokens) -> None:
         rows = [side[tower.name] for side in sides.values()]
         for row in rows:
             if not isinstance(row, np.ndarray | jax.Array) or not jnp.issubdtype(row.dtype, jnp.integer):
-                found = getattr(row, "dtype", type(row).__name__)
+                dtype = f" of {row.dtype}" if hasattr(row, "dtype") else ""
                 raise ClipJaxError(
-                    f"Expected token ids of {tower.name} as arrays of integers of NumPy or JAX, found {found}."
+                    f"Expected token ids of {tower.name} as arrays of integers of NumPy or JAX, found "
+                    f"{type(row).__name__}{dtype}."
                 )
         if any(row.shape != rows[0].shape or row.ndim != 2 for row in rows):
             raise ClipJaxError(

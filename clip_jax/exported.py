@@ -13,6 +13,7 @@ from clip_jax.embed import Params, Skips
 from clip_jax.encoder import TextEncoder
 from clip_jax.errors import CheckpointError, ClipJaxError
 from clip_jax.families import stored_family
+from clip_jax.frozen import check_freezable, is_kernel
 from clip_jax.models import intercepted
 from clip_jax.params import checkpoint as ckpt
 from clip_jax.params.staging import identity, unreplaced
@@ -37,9 +38,11 @@ class ExportedTextEncoder(TextEncoder):
     _exported = True
 
     def _freeze(self, params: Params, dtype: np.dtype, tokens: Tokens, skips: Skips) -> None:
-        if kept := {leaf.dtype.name for leaf in jax.tree.leaves(params)} - {dtype.name}:  # kernels would be cast
+        check_freezable(params, dtype)
+        kernels = [leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params) if is_kernel(path)]
+        if kept := {kernel.dtype.name for kernel in kernels} - {dtype.name}:  # to which they would be cast
             raise ClipJaxError(
-                f"Exported programs are frozen where params have the dtype of the computation, {dtype.name}; found "
+                f"Exported programs are frozen where kernels have the dtype of the computation, {dtype.name}; found "
                 f"{', '.join(sorted(kept))}. Leave it out, or load the folder with `clip_jax.load`."
             )
         super()._freeze(params, dtype, tokens, skips)

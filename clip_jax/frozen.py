@@ -64,7 +64,10 @@ class FrozenPrograms:
         return self.others == others and self._snapshot.is_of(params)
 
     def find(self, tokens: Tokens, skips: Skips) -> Program | None:
-        """The program for such ids, if there is one; compiled ones take none from another device."""
+        """The program for such ids, if there is one; compiled ones run on their device alone."""
+        default = jax.config.jax_default_device
+        if isinstance(default, jax.Device) and {default} != self._devices:
+            return None
         if any(isinstance(ids, jax.Array) and ids.devices() != self._devices for ids in jax.tree.leaves(tokens)):
             return None
         return self._programs.get(_key(tokens, skips))
@@ -98,11 +101,11 @@ def freeze(function: Function, params: Params, tokens: Tokens, dtype: np.dtype) 
     Raises:
         ClipJaxError: Other params, another dtype, or a JAX without oneDNN.
     """
-    _check(params, dtype)
+    check_freezable(params, dtype)
     kernels = jax.tree_util.tree_map_with_path(
-        lambda path, leaf: np.asarray(leaf).astype(dtype, copy=False) if _is_kernel(path) else None, params
+        lambda path, leaf: np.asarray(leaf).astype(dtype, copy=False) if is_kernel(path) else None, params
     )
-    others = jax.tree_util.tree_map_with_path(lambda path, leaf: None if _is_kernel(path) else leaf, params)
+    others = jax.tree_util.tree_map_with_path(lambda path, leaf: None if is_kernel(path) else leaf, params)
 
     def run(others: Params, tokens: Tokens) -> TextEmbeddings:
         return function(jax.tree.map(_either, kernels, others, is_leaf=lambda leaf: leaf is None), tokens)
@@ -119,7 +122,12 @@ def _compile(function: Callable[..., Any], *arguments: Any) -> jax.stages.Compil
         return lowered.compile(compiler_options=_OPTIONS)
 
 
-def _check(params: Params, dtype: np.dtype) -> None:
+def check_freezable(params: Params, dtype: np.dtype) -> None:
+    """Refuses what XLA would not hand to oneDNN.
+
+    Raises:
+        ClipJaxError: As from `freeze`.
+    """
     leaves = jax.tree.leaves(params, is_leaf=is_quantized)
     if any(map(is_quantized, leaves)):
         raise ClipJaxError("Quantised params cannot be frozen: XLA leaves oneDNN none of their products. Leave it out.")
@@ -152,7 +160,8 @@ def _either(kernel: np.ndarray | None, other: jax.Array | None) -> np.ndarray | 
     return other if kernel is None else kernel
 
 
-def _is_kernel(path: jax.tree_util.KeyPath) -> bool:
+def is_kernel(path: jax.tree_util.KeyPath) -> bool:
+    """Whether a parameter is a kernel, which is compiled in."""
     return getattr(path[-1], "key", None) == "kernel"
 
 

@@ -72,8 +72,8 @@ class Programs:
         try:
             arrays = alone(leaves, tokens.cond) if tokens.uncond is None else both(leaves, tokens.cond, tokens.uncond)
         except ValueError as error:
-            wanted = [(aval.shape, aval.dtype) for aval in self.both.in_avals[: len(leaves)]]
-            if [(leaf.shape, leaf.dtype) for leaf in leaves] == wanted:
+            wanted = self.alone.in_avals[: -len(self.lengths)]
+            if [(np.shape(leaf), jnp.result_type(leaf)) for leaf in leaves] == [(w.shape, w.dtype) for w in wanted]:
                 raise
             raise ClipJaxError(
                 "The programs were exported for params of other shapes or dtypes. Set such, export again, or load the "

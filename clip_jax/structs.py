@@ -5,6 +5,7 @@ Letters: B batch, L tokens, D width, P pooled width.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 
@@ -79,9 +80,10 @@ class TextEmbeddings:
 
 
 for _struct in (Tokens, TextEmbeddings):  # so that `jax.export` can write functions that take or return them
-    export.register_pytree_node_serialization(
-        _struct,
-        serialized_name=f"clip_jax.{_struct.__name__}",
-        serialize_auxdata=lambda static: json.dumps(static).encode(),
-        deserialize_auxdata=lambda written: tuple(json.loads(bytes(written))),
-    )
+    with contextlib.suppress(ValueError):  # of that name there is one, for this module is imported anew
+        export.register_pytree_node_serialization(
+            _struct,
+            serialized_name=f"clip_jax.{_struct.__name__}",
+            serialize_auxdata=lambda static: json.dumps(static).encode(),
+            deserialize_auxdata=lambda written: tuple(json.loads(bytes(written))),
+        )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -117,12 +117,21 @@ def convert(
         configs=read_configs(config or {}),
         text_projection=text_projection,
     )
+    files = [file for source in checkpoint.sources for file in source.files]
+    check_apart(out, files)
+    before = {file: _stamp(file) for file in files}
     configs = {name: tower.config for name, tower in checkpoint.towers.items()}
     tokenizers = choose_tokenizers(configs, checkpoint.tokenizer, tokenizer)
-    hashes = _hash(checkpoint, progress)
+    hashes = _hash(files, progress)
     provenance = {**checkpoint.provenance(), "source": ", ".join(one.name for one in found)}
     for name, tower in checkpoint.towers.items():
         provenance["towers"][name]["sha256"] = {file.name: hashes[file] for file in tower.source.files}
+
+    def check(folder: Path) -> dict[str, Any]:
+        if changed := [str(file) for file in files if _stamp(file) != before[file]]:
+            raise CheckpointError(f"{', '.join(changed)} changed while it was converted. Try again.")
+        return _verify(folder, checkpoint, tokenizers) if verify else {}
+
     with byte_bar(checkpoint.nbytes, "Converting", progress) as bar:
         write_checkpoint(
             out,
@@ -136,9 +145,18 @@ def convert(
             ),
             tokenizers=tokenizers,
             overwrite=overwrite,
-            check=(lambda folder: _verify(folder, checkpoint, tokenizers)) if verify else None,
+            check=check,
         )
     return out
+
+
+def _stamp(file: Path) -> tuple[int, int, int] | None:
+    """What a file has another of once it is written anew; None where it is gone."""
+    try:
+        found = file.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _verify(folder: Path, checkpoint: ForeignCheckpoint, tokenizers: Mapping[str, RowTokenizer]) -> dict[str, Any]:
@@ -151,8 +169,7 @@ def _verify(folder: Path, checkpoint: ForeignCheckpoint, tokenizers: Mapping[str
     return {"verified": verified}
 
 
-def _hash(checkpoint: ForeignCheckpoint, progress: bool | None) -> dict[Path, str]:
+def _hash(files: Sequence[Path], progress: bool | None) -> dict[Path, str]:
     """File -> sha256, of every file of a source once."""
-    files = [file for source in checkpoint.sources for file in source.files]
     with byte_bar(sum(file.stat().st_size for file in files), "Hashing", progress) as bar:
         return {file: sha256(file, bar.update) for file in files}

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -32,13 +33,17 @@ from clip_jax.params.checkpoint import (
 )
 from clip_jax.params.quantize import PLAIN
 from clip_jax.params.shapes import TensorSpec, param_shapes
-from clip_jax.params.staging import check_apart, check_free, identity, path_of, staged_folder, unreplaced
+from clip_jax.params.staging import Kind, check_apart, check_free, identity, path_of, staged_folder, unreplaced
 from clip_jax.progress import byte_bar
 from clip_jax.tokenizers import read_tokenizer
 from clip_jax.tokenizers.files import expanded
 
 MARK = "clip_jax_export.json"
-"""The file by which an export is known, so that it may be replaced; it says where the weights come from."""
+"""The file by which an export is known; it says where the weights come from."""
+
+EXPORT = Kind(
+    "an export", MARK, re.compile(rf"{re.escape(MARK)}|model_index\.json|(text_encoder|tokenizer)(_\d)?|\.DS_Store")
+)
 
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -100,7 +105,7 @@ def export(
     path, out = expanded(source), path_of(out)
     if not is_checkpoint(path):
         raise CheckpointError(f"{path} is not a folder written by `clip-jax convert`, which is what can be exported.")
-    check_free(out, overwrite, MARK)
+    check_free(out, overwrite, EXPORT)
     check_apart(out, [path])
     before = identity(path)
     metadata = read_metadata(path)
@@ -116,7 +121,7 @@ def export(
     specs = {name: _widest_first(tree) for name, tree in read_specs(path, metadata.configs).items()}
     total = sum(spec.nbytes for tree in specs.values() for spec in tree.values())
     with (
-        staged_folder(out, overwrite=overwrite, mark=MARK) as folder,
+        staged_folder(out, overwrite=overwrite, kind=EXPORT) as folder,
         unreplaced(path, before),
         byte_bar(total, "Exporting", progress) as bar,
     ):
@@ -137,6 +142,8 @@ def export(
 def write_component(folder: Path, config: Mapping[str, Any], leaves: Mapping[str, Any]) -> None:
     """Writes the folder of one text encoder: `config.json` and `model.safetensors`, each whole or not at all.
 
+    Where both are replaced, the old weights go first and the new ones come last: in between nothing loads.
+
     Args:
         folder: Is made if need be; other files in it are left alone.
         config: Of transformers.
@@ -155,8 +162,16 @@ def write_component(folder: Path, config: Mapping[str, Any], leaves: Mapping[str
             _write_safetensors(
                 Path(stage, "model.safetensors"), specs, ((path, leaves[path]) for path in specs), lambda _: None
             )
-            for name in ("model.safetensors", "config.json"):
-                os.replace(Path(stage, name), folder / name)
+            weights, kept = folder / "model.safetensors", Path(stage, "kept")
+            if weights.exists():
+                os.replace(weights, kept)
+            try:
+                os.replace(Path(stage, "config.json"), folder / "config.json")
+                os.replace(Path(stage, "model.safetensors"), weights)
+            except BaseException:
+                if kept.exists():
+                    os.replace(kept, weights)
+                raise
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be written: {error}. Make room, or choose another place.") from error
 

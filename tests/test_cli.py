@@ -12,6 +12,7 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 import clip_jax
 from clip_jax.cli import main
@@ -161,22 +162,56 @@ def test_safetensors_keep_bfloat16(embed, tmp_path):
 
 def test_a_file_is_only_replaced_with_overwrite(embed, model, tmp_path, capsys):
     out = tmp_path / "a.npz"
-    out.write_text("precious")
+    np.savez(out, prompt_embeds=np.zeros(3))
+    before = digests(tmp_path)
     line = fails(capsys, "embed", "a cat", "--model", model, "--out", out)
     assert line == f"{out} exists already. Choose another name, or pass --overwrite.\n"
-    assert out.read_text() == "precious"
+    assert digests(tmp_path) == before
     embed("a cat", "--out", out, "--overwrite")
     with np.load(out) as file:
         assert file["prompt_embeds"].shape == (2, 77, 32)
     assert list(tmp_path.iterdir()) == [out]
 
 
+@pytest.mark.parametrize("name", ["a.npz", "a.safetensors"])
+def test_what_is_no_file_of_embeddings_is_never_replaced(model, tmp_path, capsys, name):
+    out = tmp_path / name
+    out.write_text("precious")
+    (tmp_path / "weights").mkdir()
+    save_file({"weight": np.zeros(3)}, tmp_path / "weights" / "a.safetensors")
+    np.savez(tmp_path / "weights" / "a.npz", weight=np.zeros(3))
+    before = digests(tmp_path)
+    for path in (out, tmp_path / "weights" / name):
+        line = fails(capsys, "embed", "a cat", "--model", model, "--out", path, "--overwrite")
+        assert line == f"{path} is no file of embeddings, so it is not overwritten. Choose another name.\n"
+    assert digests(tmp_path) == before
+
+
+def test_what_a_link_leads_to_is_replaced(embed, model, tmp_path, capsys):
+    out, link = tmp_path / "a.safetensors", tmp_path / "link.safetensors"
+    link.symlink_to(out)
+    assert "exists already" in fails(capsys, "embed", "a cat", "--model", model, "--out", link)
+    save_file({"prompt_embeds": np.zeros(3)}, out)
+    embed("a cat", "--out", link, "--overwrite")
+    assert link.is_symlink()
+    assert load_file(out)["prompt_embeds"].shape == (2, 77, 32)
+
+
+@pytest.mark.slow
+def test_the_file_is_there_though_the_reader_is_gone(tiny_sd15, tmp_path):
+    with Path("/dev/full").open("w") as full:
+        command = ["embed", "a cat", "--model", tiny_sd15, "--family", "sd15", "--out", tmp_path / "a.npz"]
+        subprocess.run([str(SCRIPT), *map(str, command)], stdout=full, stderr=subprocess.PIPE, check=False)
+    with np.load(tmp_path / "a.npz") as file:
+        assert file["prompt_embeds"].shape == (2, 77, 32)
+
+
 def test_a_failure_keeps_the_file_that_was_to_be_replaced(model, tmp_path, capsys):
     out = tmp_path / "a.npz"
-    out.write_text("precious")
+    np.savez(out, prompt_embeds=np.zeros(3))
+    before = digests(tmp_path)
     fails(capsys, "embed", LONG, "--model", model, "--out", out, "--overwrite")
-    assert digests(tmp_path).keys() == {"a.npz"}
-    assert out.read_text() == "precious"
+    assert digests(tmp_path) == before
 
 
 def test_truncation_warns_in_one_line_on_stderr_every_time(model, capsys):
@@ -443,9 +478,8 @@ def test_the_command_fails_in_one_line(tmp_path):
 def test_devices_that_are_not_here_are_one_line(model, platform):
     done = run("embed", "x", "--model", model, text=True, env={**os.environ, "JAX_PLATFORMS": platform})
     assert (done.returncode, done.stdout) == (2, "")
-    assert re.fullmatch(
-        rf"clip-jax: error: JAX has none of the devices that JAX_PLATFORMS='{platform}' .*\n", done.stderr
-    )
+    told = rf"clip-jax: error: JAX cannot start: .*JAX_PLATFORMS='{platform}' asks for it: unset it, .*\n"
+    assert re.fullmatch(told, done.stderr)
 
 
 def test_what_the_terminal_cannot_show_is_escaped():

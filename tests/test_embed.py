@@ -1,5 +1,9 @@
 """text_embeddings: pure, jitted, one program, usable inside a caller's transformations."""
 
+import subprocess
+import sys
+
+import flax.core
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -194,6 +198,16 @@ def test_params_that_do_not_fit_are_refused(encoder, tokens):
     np.testing.assert_array_equal(found, embed(encoder, tokens).prompt_embeds)
 
 
+def test_params_may_be_of_other_mappings_and_have_others_beside(encoder, tokens):
+    wanted = embed(encoder, tokens).prompt_embeds
+    for params in (flax.core.freeze(encoder.params), {TOWER: {**encoder.params[TOWER], "lora": {0: jnp.ones(3)}}}):
+        found = text_embeddings(params, tokens, family=encoder.family).prompt_embeds
+        np.testing.assert_array_equal(found, wanted)
+    with pytest.raises(ClipJaxError, match="does not match its architecture. missing"):
+        text_embeddings({TOWER: jnp.ones(3)}, tokens, family=encoder.family)
+
+
+@pytest.mark.slow
 def test_interceptors_may_put_other_params_in_the_place_of_ours(encoder, tokens):
     name, fc1 = "fc1", flatten(encoder.params[TOWER])["text_model/encoder/layers/2/mlp/fc1/kernel"]
     leaves = {**flatten(encoder.params[TOWER]), "text_model/encoder/layers/2/mlp/fc1/kernel": 2 * fc1[None]}
@@ -257,6 +271,30 @@ def test_functions_of_them_are_exported(encoder, tokens):
         found, wanted = jax.export.deserialize(written).call(encoder.params, given), encode(encoder.params, given)
         assert found.guidance == wanted.guidance
         np.testing.assert_allclose(found.prompt_embeds, wanted.prompt_embeds, atol=1e-5)
+
+
+def test_what_was_exported_is_read_by_another_process(encoder, tokens, tmp_path):
+    """Which imports the package, more than once."""
+
+    def half(embeddings):
+        return embeddings.cond.prompt_embeds
+
+    out = embed(encoder, tokens)
+    (tmp_path / "half").write_bytes(jax.export.export(jax.jit(half))(out).serialize())
+    np.save(tmp_path / "rows.npy", out.prompt_embeds)
+    code = """
+import importlib, sys, numpy as np, clip_jax.structs
+from jax import export
+half = export.deserialize(bytearray(open("half", "rb").read()))
+rows = np.load("rows.npy")
+np.testing.assert_array_equal(half.call(clip_jax.TextEmbeddings(prompt_embeds=rows)), rows[2:])
+importlib.reload(clip_jax.structs)
+for name in [name for name in sys.modules if name.startswith("clip_jax")]:
+    del sys.modules[name]
+from clip_jax import Tokens
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_embeddings_are_a_pytree():

@@ -239,7 +239,7 @@ def test_it_runs_where_jax_is_told_to_be_strict(tmp_path, name, options):
     assert np.isfinite(out.prompt_embeds).all()
 
 
-@pytest.mark.parametrize("quantize", [None, pytest.param("int8", marks=pytest.mark.slow), "int4"])
+@pytest.mark.parametrize("quantize", ["int4", *(pytest.param(name, marks=pytest.mark.slow) for name in (None, "int8"))])
 def test_files_are_read_and_written_under_a_transfer_guard(tiny_sd15, tmp_path, quantize):
     param_shapes.cache_clear()
     with jax.transfer_guard("disallow"):

@@ -240,6 +240,9 @@ def test_other_params_are_refused(pair):
     exported.params = jax.tree.map(lambda leaf: leaf.astype("bfloat16"), exported.params)
     with pytest.raises(ClipJaxError, match="exported for params of other shapes or dtypes. Set such, export again"):
         exported("a cat")
+    exported.params = {}
+    with pytest.raises(ClipJaxError, match="exported for params of other shapes or dtypes. Set such, export again"):
+        exported("a cat")
 
 
 @of_one_family

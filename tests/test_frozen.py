@@ -227,6 +227,7 @@ def test_an_exported_encoder_is_frozen_too(encoder, tmp_path):
     same(exported("a cat", negative_prompt="blurry"), encoder("a cat", negative_prompt="blurry"), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_an_exported_encoder_with_params_of_another_dtype_is_not_frozen(tiny_sd15, tmp_path):
     """Kernels would be cast to what the exported program does not take."""
     wide = clip_jax.load(tiny_sd15, family="sd15", dtype="bfloat16", param_dtype="float32")
@@ -235,6 +236,23 @@ def test_an_exported_encoder_with_params_of_another_dtype_is_not_frozen(tiny_sd1
     with pytest.raises(ClipJaxError, match="dtype of the computation, bfloat16; found float32. Leave it out"):
         exported.warmup(freeze=True)
     assert exported("a cat").prompt_embeds.dtype == "bfloat16"
+
+
+@pytest.mark.slow
+def test_exported_norms_may_be_wider_and_quantised_kernels_are_refused(tiny_sd15, tmp_path):
+    narrow = clip_jax.load(tiny_sd15, family="sd15", dtype="bfloat16")
+    narrow.params = jax.tree.map_with_path(
+        lambda path, leaf: leaf.astype("float32") if "norm" in path[-2].key else leaf, narrow.params
+    )
+    narrow.export(tmp_path / "norms", platforms="cpu")
+    exported = clip_jax.load_exported(tmp_path / "norms", cache_bytes=0)
+    wanted = exported("a cat").prompt_embeds.astype("float32")
+    exported.warmup(freeze=True)
+    assert len(programs(exported)) == 1
+    np.testing.assert_allclose(exported("a cat").prompt_embeds.astype("float32"), wanted, atol=0.05)
+    clip_jax.load(tiny_sd15, family="sd15", quantize="int8").export(tmp_path / "int8", platforms="cpu")
+    with pytest.raises(ClipJaxError, match="Quantised params cannot be frozen"):
+        clip_jax.load_exported(tmp_path / "int8").warmup(freeze=True)
 
 
 def test_quantised_params_are_refused(tiny_sd15):
@@ -298,6 +316,8 @@ for device in jax.devices():
     embeds = encoder.encode(ids).prompt_embeds
     print(encoder._frozen.find(ids, (None, None)) is compiled, embeds.devices() == {device})
     np.testing.assert_allclose(embeds, before, rtol=0, atol=1e-5)
+    with jax.default_device(device):
+        print(encoder.encode(tokens).prompt_embeds.devices() == {device})
 """
 
 
@@ -307,7 +327,7 @@ def test_ids_on_another_device_go_as_before(tiny_sd15):
     done = subprocess.run(
         [sys.executable, "-c", ELSEWHERE, str(tiny_sd15), str(PACKS)], capture_output=True, text=True, env=environment
     )
-    assert done.stdout.split() == ["True", "True", "False", "True"], done.stderr
+    assert done.stdout.split() == ["True", "True", "True", "False", "True", "True"], done.stderr
 
 
 CACHED = """

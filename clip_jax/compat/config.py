@@ -33,7 +33,12 @@ class HfConfig:
     """
 
     def __init__(self, **fields: Any) -> None:
-        self.__dict__.update(_RUN_TIME | fields)
+        given = _RUN_TIME | fields
+        if given.get("model_type") == "t5":  # under both names the own one counts
+            given = {_T5_ALIASES.get(name, name): value for name, value in given.items()} | {
+                name: given[name] for name in _T5_ALIASES.values() if name in given
+            }
+        self.__dict__.update(given)
 
     def own_name(self, name: str) -> str:
         """That of a field for one of its names."""
@@ -47,6 +52,9 @@ class HfConfig:
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(self.own_name(name), value)
+
+    def __delattr__(self, name: str) -> None:
+        super().__delattr__(self.own_name(name))
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, copied."""

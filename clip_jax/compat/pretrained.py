@@ -140,9 +140,11 @@ def _placement(shardings: Shardings, tower: TowerConfig) -> Callable[[str, Tenso
     """`shardings` as a function that the readers take."""
 
     def fitting(path: str, spec: TensorSpec, sharding: jax.sharding.Sharding) -> jax.sharding.Sharding:
+        if not isinstance(sharding, jax.sharding.Sharding):
+            raise ClipJaxError(f"Expected shardings to have a Sharding for {path}, found {sharding!r}.")
         try:
             sharding.shard_shape(spec.shape)
-        except ValueError as error:
+        except (ValueError, IndexError) as error:
             raise ClipJaxError(
                 f"shardings do not fit {path} with the shape {spec.shape}: {error} Leave that dimension whole."
             ) from error

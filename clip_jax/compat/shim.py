@@ -45,9 +45,10 @@ def install() -> None:
         ClipJaxError: transformers is not installed.
     """
     global _before
-    if _before is not None:
-        return
     transformers = _transformers()
+    if _before is not None and _before[0][0] is transformers:
+        return
+    uninstall()  # transformers 5 may have put another module in its place
     try:
         places = [(module, cls) for cls, home in _HOMES.items() for module in (transformers, _module(home))]
     except BaseException:  # a module of transformers that this version of JAX breaks: as if it had not been called

@@ -8,7 +8,7 @@ Reference: diffusers `pipeline_stable_diffusion_xl.py`, `StableDiffusionXLPipeli
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import jax.numpy as jnp
 import jax.typing
@@ -87,7 +87,8 @@ def refiner_time_ids(
     return jnp.asarray(np.repeat(ids, rows // len(scores), axis=0), dtype)
 
 
-def _pair(pixels: tuple[int, int]) -> tuple[int, int]:
+def _pair(pixels: Iterable[int]) -> tuple[int, ...]:
+    pixels = tuple(pixels)
     if len(pixels) != 2:  # the shape of an image has its channels, too
         raise ClipJaxError(f"Sizes and corners are pairs, height and width or top and left; found {pixels}.")
     return pixels

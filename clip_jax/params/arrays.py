@@ -67,7 +67,7 @@ def open_arrays(folder: Path) -> dict[str, StoredArray]:
     import tensorstore as ts
 
     context = ts.Context({"file_io_mode": {"mode": "memmap"}})
-    database = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{folder.absolute()}/"}}
+    database = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{folder.resolve()}/"}}
     keys = (key.decode() for key in ts.KvStore.open(database, context=context).result().list().result())
     names = sorted(key.removesuffix(f"/{_FILE}") for key in keys if key.endswith(f"/{_FILE}"))
     opened = {

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
+import operator
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -130,8 +132,11 @@ def check_params(config: TowerConfig, params: Mapping[str, Any], what: str) -> N
     Raises:
         CheckpointError: One is missing, or of another shape.
     """
-    shapes, leaves = param_shapes(config), flatten(nn.meta.unbox(params))
-    check_shapes(shapes, {path: tuple(leaf.shape) for path, leaf in leaves.items() if path in shapes}, what)
+    shapes, found = param_shapes(config), {}
+    for path in shapes:
+        with contextlib.suppress(KeyError, TypeError, AttributeError):  # it is not there, or no array
+            found[path] = tuple(nn.meta.unbox(functools.reduce(operator.getitem, path.split("/"), params)).shape)
+    check_shapes(shapes, found, what)
 
 
 def list_faults(kind: str, names: Iterable[str], most: int = 20) -> list[str]:

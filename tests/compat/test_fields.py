@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 import clip_jax.compat
 from clip_jax import CheckpointError, ClipJaxError, ConfigError, T5EncoderConfig
 from clip_jax.compat import CLIPTextEncoder, FlaxCLIPTextModel, FlaxCLIPTextModelWithProjection, FlaxT5EncoderModel
-from clip_jax.compat.config import with_fields
+from clip_jax.compat.config import HfConfig, with_fields
 from clip_jax.params.shapes import flatten, unflatten
 from tests.checkpoints import TINY_H, digests, hf_state, write_clip_model
 from tests.compat.conftest import IDS, SMALL, SMALL_T5, T5_IDS
@@ -259,6 +259,12 @@ def test_a_config_of_t5_answers_to_those_names_too(pipeline, tmp_path):
     assert model.config.d_model == 5
     with pytest.raises(ConfigError, match="config was changed after the model was made"):
         model.save_pretrained(tmp_path)
+    both = HfConfig(model_type="t5", hidden_size=1, d_model=2)
+    assert (both.hidden_size, both.to_dict()["d_model"]) == (2, 2)
+    both.hidden_size = 3
+    assert both.hidden_size == both.d_model == 3
+    del both.hidden_size
+    assert not hasattr(both, "d_model")
     with pytest.raises(AttributeError, match="no field 'n_embd'"):
         _ = config.n_embd
     with pytest.raises(AttributeError, match="no field 'd_model'"):

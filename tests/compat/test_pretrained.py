@@ -62,6 +62,25 @@ def test_saving_refuses_what_it_cannot_do_and_keeps_what_is_there(clip, tmp_path
     assert digests(tmp_path) == before
 
 
+@pytest.mark.parametrize("broken", ["config.json", "model.safetensors"])
+def test_saving_that_breaks_off_leaves_no_mixture(clip, tmp_path, monkeypatch, broken):
+    clip.save_pretrained(tmp_path)
+    before = digests(tmp_path)
+    replace, order = os.replace, []
+
+    def replaced(path, target):
+        order.append((os.path.basename(path), os.path.basename(target)))
+        if order[-1] == (broken, broken):
+            raise OSError(5, "Input/output error")
+        replace(path, target)
+
+    monkeypatch.setattr(os, "replace", replaced)
+    with pytest.raises(CheckpointError, match="Input/output error"):
+        clip.save_pretrained(tmp_path, params=jax.tree.map(lambda leaf: 2 * leaf, clip.params))
+    assert order[0] == ("model.safetensors", "kept")  # a process that is killed here leaves nothing that loads
+    assert digests(tmp_path) == before
+
+
 def test_the_arguments_of_old_are_taken(pipeline):
     model = FlaxCLIPTextModel.from_pretrained(
         str(pipeline),
@@ -135,6 +154,8 @@ def test_shardings_that_do_not_fit_are_refused(pipeline, clip):
     device = SingleDeviceSharding(jax.devices()[0])
     with pytest.raises(ClipJaxError, match="found none for 36 params, such as text_model/"):
         FlaxCLIPTextModel.from_pretrained(pipeline, subfolder="text_encoder", shardings={"a": device})
+    with pytest.raises(ClipJaxError, match="Expected shardings to have a Sharding for .*, found None"):
+        FlaxCLIPTextModel.from_pretrained(pipeline, subfolder="text_encoder", shardings=lambda path, leaf: None)
     with pytest.raises(ClipJaxError, match="found other leaves"):
         FlaxCLIPTextModel.from_pretrained(pipeline, subfolder="text_encoder", shardings=clip.params)
 
@@ -143,15 +164,18 @@ def test_shardings_that_do_not_fit_are_refused(pipeline, clip):
 def test_a_dimension_that_does_not_divide_is_named(pipeline):
     environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=3"}
     code = """
-import sys, jax
+import sys, jax, clip_jax
 from clip_jax.compat import FlaxCLIPTextModel
 mesh = jax.sharding.Mesh(jax.devices(), "tensor")
-FlaxCLIPTextModel.from_pretrained(
-    sys.argv[1], subfolder="text_encoder", shardings=jax.NamedSharding(mesh, jax.P("tensor"))
-)
+for spec in (jax.P("tensor"), jax.P(None, "tensor")):
+    sharding = jax.NamedSharding(mesh, spec)
+    try:
+        FlaxCLIPTextModel.from_pretrained(sys.argv[1], subfolder="text_encoder", shardings=sharding)
+    except clip_jax.ClipJaxError as error:
+        print(" ".join(str(error).split()))
 """
     done = subprocess.run([sys.executable, "-c", code, str(pipeline)], capture_output=True, text=True, env=environment)
-    assert re.search(r"ClipJaxError: shardings do not fit text_model/\S+ with the shape \(", done.stderr), done.stderr
+    assert len(re.findall(r"shardings do not fit text_model/\S+ with the shape \(", done.stdout)) == 2, done.stderr
 
 
 @pytest.mark.parametrize("scheme", ["int8", pytest.param("int4", marks=pytest.mark.slow)])

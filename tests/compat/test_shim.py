@@ -97,6 +97,18 @@ def test_a_module_that_fails_leaves_everything_as_it_was(transformers, monkeypat
     assert transformers.FlaxT5EncoderModel is clip_jax.compat.FlaxT5EncoderModel
 
 
+def test_another_module_in_its_place_is_patched_too(transformers, monkeypatch):
+    """As transformers 5 puts one there itself when a class of some kind is asked for."""
+    install()
+    other = types.ModuleType("transformers")
+    monkeypatch.setitem(sys.modules, "transformers", other)
+    install()
+    assert other.FlaxT5EncoderModel is clip_jax.compat.FlaxT5EncoderModel
+    assert "FlaxT5EncoderModel" not in vars(transformers)
+    uninstall()
+    assert "FlaxT5EncoderModel" not in vars(other)
+
+
 def test_modules_that_are_made_are_found_as_others_are(transformers):
     install()
     assert importlib.util.find_spec("transformers.modeling_flax_utils").name == "transformers.modeling_flax_utils"

@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import os
 import shutil
+import sys
 from pathlib import Path
 
 import jax
@@ -138,9 +140,47 @@ def test_a_source_within_what_is_to_be_replaced_is_kept(tiny_sd15, tmp_path):
     out = convert(tiny_sd15, tmp_path / "out", family="sd15")
     shutil.copytree(tiny_sd15, out / "source")
     before = digests(tmp_path)
-    with pytest.raises(CheckpointError, match="source lies in .*out, which is to be replaced"):
+    with pytest.raises(CheckpointError, match="did not write source, so it is not overwritten. Move what is not of it"):
         convert(out / "source", out, family="sd15", overwrite=True)
     assert digests(tmp_path) == before
+
+
+def test_a_source_of_links_into_what_is_to_be_replaced_is_kept(tiny_sd15, tmp_path):
+    out = convert(tiny_sd15, tmp_path / "out", family="sd15")
+    source = shutil.copytree(tiny_sd15, tmp_path / "source")
+    weights = source / "text_encoder" / "model.safetensors"
+    weights.rename(out / "state" / "weights")
+    weights.symlink_to(out / "state" / "weights")
+    before = digests(tmp_path)
+    with pytest.raises(CheckpointError, match="model.safetensors lies in .*out, which is to be replaced"):
+        convert(source, out, family="sd15", overwrite=True)
+    assert digests(tmp_path) == before
+
+
+def test_a_source_that_changes_meanwhile_is_told(tiny_sd15, tmp_path, monkeypatch):
+    source = shutil.copytree(tiny_sd15, tmp_path / "source")
+    weights = source / "text_encoder" / "model.safetensors"
+
+    def changed(files, progress):
+        os.utime(weights, ns=(0, 0))
+        return dict.fromkeys(files, "")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            sys.modules["clip_jax.convert.convert"], "_hash", changed
+        )  # the package has a function so called
+        with pytest.raises(CheckpointError, match="model.safetensors changed while it was converted. Try again."):
+            convert(source, tmp_path / "out", family="sd15")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+    convert(source, tmp_path / "out", family="sd15")
+
+
+def test_paths_that_go_up_are_read_and_written(tiny_sd15, tmp_path, monkeypatch):
+    (tmp_path / "deep" / "below").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "deep" / "below")
+    monkeypatch.chdir(tmp_path)
+    assert convert(tiny_sd15, "link/../out", family="sd15") == tmp_path / "deep" / "out"  # as the system has it
+    assert clip_jax.load("link/../../deep/out").family.name == "sd15"
 
 
 def test_an_error_keeps_the_checkpoint_that_was_to_be_replaced(tmp_path):
@@ -174,16 +214,16 @@ def test_a_swap_that_fails_puts_the_old_checkpoint_back(tiny_sd15, tmp_path, mon
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", fail_last)
-    with pytest.raises(OSError, match="stale file handle"):
+    with pytest.raises(CheckpointError, match="cannot be written: stale file handle"):
         convert(tiny_sd15, out, family="sd15", overwrite=True)
     assert digests(tmp_path) == before
 
 
 @pytest.mark.parametrize("lock", [True, False])
 def test_what_a_process_left_that_died_is_removed(tiny_sd15, tmp_path, lock):
-    (tmp_path / ".out.clip-jax-dead" / "new.partial_save" / "state").mkdir(parents=True)
+    (tmp_path / ".out.clip-jax-deadbeef" / "new.partial_save" / "state").mkdir(parents=True)
     if lock:
-        (tmp_path / ".out.clip-jax-dead" / "lock").write_text("")
+        (tmp_path / ".out.clip-jax-deadbeef" / "lock").write_text("")
     convert(tiny_sd15, tmp_path / "out", family="sd15")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 

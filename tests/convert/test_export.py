@@ -259,10 +259,21 @@ def test_neither_a_source_nor_a_checkpoint_is_replaced(sdxl, tmp_path):
 def test_a_checkpoint_within_what_is_to_be_replaced_is_kept(sdxl, tmp_path):
     _, converted, _ = sdxl
     out = export(converted, tmp_path / "out")
-    shutil.copytree(converted, out / "orbax")
+    shutil.copytree(converted, out / "text_encoder" / "orbax")
     before = digests(tmp_path)
     with pytest.raises(CheckpointError, match="orbax lies in .*out, which is to be replaced"):
-        export(out / "orbax", out, overwrite=True)
+        export(out / "text_encoder" / "orbax", out, overwrite=True)
+    assert digests(tmp_path) == before
+
+
+def test_what_was_put_beside_an_export_is_kept(sdxl, tmp_path):
+    _, converted, _ = sdxl
+    out = export(converted, tmp_path / "out")
+    (out / "unet").mkdir()
+    (out / "unet" / "weights").write_text("weeks of training")
+    before = digests(tmp_path)
+    with pytest.raises(CheckpointError, match="an export beside which clip_jax did not write unet, so it is not over"):
+        export(converted, out, overwrite=True)
     assert digests(tmp_path) == before
 
 
