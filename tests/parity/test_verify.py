@@ -81,10 +81,11 @@ def test_every_weight_of_the_reference_is_the_sources(sd3, monkeypatch):
 
     def keep(self, *args, **kwargs):
         seen.update({name: tensor.numpy().copy() for name, tensor in self.state_dict().items()})
-        raise ImportError  # enough
+        raise KeyboardInterrupt  # enough
 
     monkeypatch.setattr(transformers.CLIPTextModelWithProjection, "forward", keep)
-    assert verify(sd3, "clip_g", None).oracle == "NumPy, float64"
+    with pytest.raises(KeyboardInterrupt):
+        verify(sd3, "clip_g", None)
     state = model("clip_g")
     assert seen.keys() == state.keys()
     for name, array in state.items():
