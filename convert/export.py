@@ -142,8 +142,6 @@ def export(
 def write_component(folder: Path, config: Mapping[str, Any], leaves: Mapping[str, Any]) -> None:
     """Writes the folder of one text encoder: `config.json` and `model.safetensors`, each whole or not at all.
 
-    Where both are replaced, the old weights go first and the new ones come last: in between nothing loads.
-
     Args:
         folder: Is made if need be; other files in it are left alone.
         config: Of transformers.
@@ -162,18 +160,25 @@ def write_component(folder: Path, config: Mapping[str, Any], leaves: Mapping[str
             _write_safetensors(
                 Path(stage, "model.safetensors"), specs, ((path, leaves[path]) for path in specs), lambda _: None
             )
-            weights, kept = folder / "model.safetensors", Path(stage, "kept")
-            if weights.exists():
-                os.replace(weights, kept)
-            try:
-                os.replace(Path(stage, "config.json"), folder / "config.json")
-                os.replace(Path(stage, "model.safetensors"), weights)
-            except BaseException:
-                if kept.exists():
-                    os.replace(kept, weights)
-                raise
+            _replace_component(folder, Path(stage))
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be written: {error}. Make room, or choose another place.") from error
+
+
+def _replace_component(folder: Path, new: Path) -> None:
+    """Moves both files of `new` to `folder`; what was there goes weights first, so that in between nothing loads."""
+    names, kept = ("model.safetensors", "config.json"), new / "kept"
+    kept.mkdir()
+    try:
+        for name in names:
+            if (folder / name).exists():
+                os.replace(folder / name, kept / name)
+        for name in reversed(names):
+            os.replace(new / name, folder / name)
+    except BaseException:
+        for path in sorted(kept.iterdir()):  # the config first
+            os.replace(path, folder / path.name)
+        raise
 
 
 def _widest_first(tree: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:

@@ -33,12 +33,9 @@ class HfConfig:
     """
 
     def __init__(self, **fields: Any) -> None:
-        given = _RUN_TIME | fields
-        if given.get("model_type") == "t5":  # under both names the own one counts
-            given = {_T5_ALIASES.get(name, name): value for name, value in given.items()} | {
-                name: given[name] for name in _T5_ALIASES.values() if name in given
-            }
-        self.__dict__.update(given)
+        self.__dict__.update(_RUN_TIME | fields)
+        for alias in fields.keys() & (_T5_ALIASES.keys() if fields.get("model_type") == "t5" else ()):
+            self.__dict__.setdefault(_T5_ALIASES[alias], self.__dict__.pop(alias))  # of both names the own one counts
 
     def own_name(self, name: str) -> str:
         """That of a field for one of its names."""
